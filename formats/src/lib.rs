@@ -1,0 +1,18 @@
+//! Bytes to meaning and back: GGUF files, Hugging Face checkpoint folders, the ggml type table, and one
+//! table per architecture.
+//!
+//! Everything here treats its input as hostile. A [`gguf::Gguf`] or a [`checkpoint::Checkpoint`] that exists has
+//! been validated completely; nothing after it re-checks bounds, shapes or names. No weight is computed with here.
+
+pub mod arch;
+pub mod atomic_file;
+pub mod checkpoint;
+pub mod error;
+pub mod ggml_type;
+pub mod gguf;
+pub mod limits;
+pub mod map;
+pub mod tokenizer;
+
+pub use error::{Error, ErrorKind, Result};
+pub use ggml_type::GgmlType;

@@ -1,0 +1,11 @@
+//! Block quantization: one codec per ggml type, recipes that choose types, and measures of the error.
+//!
+//! Opens no file. Everything here is a pure function of its input: the same numbers give the same bytes on every
+//! machine, whatever the instruction set or the number of threads.
+
+pub mod codec;
+pub mod error_measure;
+pub mod recipe;
+pub mod transform;
+
+pub use codec::{Codec, codec};
