@@ -1,0 +1,1 @@
+//! Output files that appear complete or not at all.

@@ -1,0 +1,2 @@
+//! The `kestrel` command line.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Arithmetic between a checkpoint and a GGUF file.

@@ -1,0 +1,1 @@
+//! A small pool of threads for fork-join phases.

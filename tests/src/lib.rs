@@ -1,0 +1,1 @@
+//! The readable reference model and helpers for the tests in `tests/`.
