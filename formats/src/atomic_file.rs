@@ -1,1 +1,337 @@
 //! Output files that appear complete or not at all.
+//!
+//! The bytes go to a temporary file beside the output, whose space is reserved before the first of them. Only after
+//! everything is on disk, has been read back and was found right does the file get its name, in one step that a
+//! crash cannot split. Whatever fails before that step leaves the output's name as it was.
+
+use crate::{Error, ErrorKind, Result};
+use rustix::fs::{FallocateFlags, RenameFlags};
+use rustix::io::Errno;
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::ErrorKind as IoKind;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+/// Bytes of a file name that every common file system allows.
+const NAME_BYTES_MAX: usize = 255;
+/// Temporary names tried before giving up: others are left from runs of the same process id that were killed.
+const TEMP_NAMES: u32 = 64;
+
+/// A file being written under a temporary name. Dropped without [`AtomicFile::commit`], it is removed.
+#[derive(Debug)]
+pub struct AtomicFile {
+    file: File,
+    temp: PathBuf,
+    target: PathBuf,
+    force: bool,
+    published: bool,
+}
+
+impl AtomicFile {
+    /// Creates `.NAME.kestrel-partial-PID` beside `target` and reserves `file_bytes` for it.
+    ///
+    /// Errors: `OutputExists` if the target exists and `force` is false, `NotRegularFile` if it is something that
+    /// must not be replaced, `Io` if the folder cannot be written or has too little space.
+    pub fn create(target: &Path, file_bytes: u64, force: bool) -> Result<Self> {
+        let target = check_target(target, force)?;
+        let (file, temp) = create_temp(&target)?;
+        let out = Self { file, temp, target, force, published: false };
+        out.reserve(file_bytes)?;
+        Ok(out)
+    }
+
+    /// Writes all of `bytes` at `offset`; callable from many threads at once.
+    pub fn write_at(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.file.write_all_at(bytes, offset).map_err(|e| self.io("writing the output", e).at(offset))
+    }
+
+    /// Where the output will appear.
+    pub fn target(&self) -> &Path {
+        &self.target
+    }
+
+    /// Forces the bytes to disk, lets `check` read them back under the temporary name, and only then gives the file
+    /// its name and forces the folder to disk.
+    pub fn commit(mut self, check: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+        self.file.sync_all().map_err(|e| self.io("forcing the output to disk", e))?;
+        // So that the check sees what the disk holds rather than what is still cached; failing to is no error.
+        let _ = rustix::fs::fadvise(&self.file, 0, None, rustix::fs::Advice::DontNeed);
+        check(&self.temp)?;
+        self.publish()?;
+        self.published = true;
+        sync_folder(&self.target)
+    }
+
+    /// A full disk should show in the first second, not after minutes. File systems that cannot reserve are used
+    /// without.
+    fn reserve(&self, file_bytes: u64) -> Result<()> {
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Fsize).current;
+        if limit.is_some_and(|limit| limit < file_bytes) {
+            // Writing beyond it would raise SIGXFSZ, which kills the process and leaves the temporary file.
+            let found = format!("a limit of {} bytes per file", limit.unwrap_or(0));
+            return Err(Error::new(ErrorKind::Io)
+                .file(&self.target)
+                .what("reserving space for the output")
+                .expected(format!("{file_bytes} bytes"))
+                .found(found)
+                .hint("raise it with ulimit -f"));
+        }
+        if file_bytes == 0 {
+            return Ok(());
+        }
+        match rustix::fs::fallocate(&self.file, FallocateFlags::empty(), 0, file_bytes) {
+            Err(e @ (Errno::NOSPC | Errno::DQUOT | Errno::FBIG)) => {
+                let free = rustix::fs::fstatvfs(&self.file).map(|s| s.f_bavail.saturating_mul(s.f_frsize));
+                let found = match free {
+                    Ok(free) if e == Errno::NOSPC => format!("{free} bytes free"),
+                    _ => e.to_string(),
+                };
+                Err(Error::new(ErrorKind::Io)
+                    .file(&self.target)
+                    .what("reserving space for the output")
+                    .expected(format!("{file_bytes} bytes free"))
+                    .found(found))
+            }
+            Err(e @ Errno::IO) => Err(self.io("reserving space for the output", e.into())),
+            _ => Ok(()),
+        }
+    }
+
+    fn publish(&self) -> Result<()> {
+        let renamed = if self.force {
+            std::fs::rename(&self.temp, &self.target)
+        } else {
+            rename_new(&self.temp, &self.target)
+        };
+        renamed.map_err(|e| match e.kind() {
+            IoKind::AlreadyExists => output_exists(&self.target),
+            _ => self.io("giving the output its name", e),
+        })
+    }
+
+    fn io(&self, doing: &str, e: std::io::Error) -> Error {
+        Error::io(&self.target, doing, e)
+    }
+}
+
+impl Drop for AtomicFile {
+    fn drop(&mut self) {
+        if !self.published {
+            let _ = std::fs::remove_file(&self.temp);
+        }
+    }
+}
+
+/// Refuses, before any work, an output that [`AtomicFile::create`] would refuse; returns the path that will be
+/// replaced or created (a symbolic link is followed, so that it stays one).
+pub fn check_target(target: &Path, force: bool) -> Result<PathBuf> {
+    if target.file_name().is_none() {
+        return Err(Error::new(ErrorKind::Usage).file(target).what("output").expected("a file name"));
+    }
+    let found = match std::fs::symlink_metadata(target) {
+        Err(e) if e.kind() == IoKind::NotFound => return Ok(target.to_owned()),
+        Err(e) => return Err(Error::io(target, "looking at the output", e)),
+        Ok(found) => found,
+    };
+    if !force {
+        return Err(output_exists(target));
+    }
+    let real = if found.is_symlink() {
+        std::fs::canonicalize(target).map_err(|e| Error::io(target, "following the link", e))?
+    } else {
+        target.to_owned()
+    };
+    crate::map::open_regular(&real)?;
+    Ok(real)
+}
+
+/// Whether both paths lead to one file, whatever their spelling. False if either does not exist.
+pub fn same_file(a: &Path, b: &Path) -> bool {
+    match (std::fs::metadata(a), std::fs::metadata(b)) {
+        (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
+        _ => false,
+    }
+}
+
+fn output_exists(target: &Path) -> Error {
+    Error::new(ErrorKind::OutputExists)
+        .file(target)
+        .expected("a path that does not exist yet")
+        .found("an existing file")
+        .hint("--force replaces it")
+}
+
+fn create_temp(target: &Path) -> Result<(File, PathBuf)> {
+    let name = target.file_name().unwrap_or_default().as_bytes();
+    for attempt in 0..TEMP_NAMES {
+        let suffix = match attempt {
+            0 => format!(".kestrel-partial-{}", std::process::id()),
+            n => format!(".kestrel-partial-{}-{n}", std::process::id()),
+        };
+        let kept = &name[..name.len().min(NAME_BYTES_MAX - 1 - suffix.len())];
+        let temp = target.with_file_name(OsString::from_vec([b".", kept, suffix.as_bytes()].concat()));
+        match File::options().read(true).write(true).create_new(true).open(&temp) {
+            Ok(file) => return Ok((file, temp)),
+            Err(e) if e.kind() == IoKind::AlreadyExists => continue,
+            Err(e) => return Err(Error::io(target, "creating a temporary file beside the output", e)),
+        }
+    }
+    Err(Error::new(ErrorKind::OutputExists)
+        .file(target)
+        .what("temporary file beside the output")
+        .found(format!("{TEMP_NAMES} left-over .kestrel-partial files"))
+        .hint("remove them"))
+}
+
+/// Renames without replacing. File systems that cannot do it in one step get a hard link, and those without hard
+/// links a check and a rename.
+fn rename_new(temp: &Path, target: &Path) -> std::io::Result<()> {
+    use rustix::fs::{CWD, renameat_with};
+    match renameat_with(CWD, temp, CWD, target, RenameFlags::NOREPLACE) {
+        Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {}
+        done => return Ok(done?),
+    }
+    match std::fs::hard_link(temp, target) {
+        Ok(()) => std::fs::remove_file(temp),
+        Err(e) if e.kind() == IoKind::AlreadyExists => Err(e),
+        Err(_) if std::fs::symlink_metadata(target).is_ok() => Err(IoKind::AlreadyExists.into()),
+        Err(_) => std::fs::rename(temp, target),
+    }
+}
+
+/// Makes the new name survive a power cut. Some network file systems cannot sync a folder, which is no error.
+fn sync_folder(target: &Path) -> Result<()> {
+    let folder = match target.parent() {
+        Some(p) if !p.as_os_str().is_empty() => p,
+        _ => Path::new("."),
+    };
+    match File::open(folder).and_then(|f| Ok(rustix::fs::fsync(f)?)) {
+        Err(e) if e.raw_os_error() != Some(Errno::INVAL.raw_os_error()) => {
+            Err(Error::io(folder, "forcing the output's folder to disk", e))
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A folder of its own, removed at the end.
+    struct Folder(PathBuf);
+
+    impl Folder {
+        fn new(name: &str) -> Self {
+            let path = std::env::temp_dir().join(format!("kestrel-atomic-{name}-{}", std::process::id()));
+            let _ = std::fs::remove_dir_all(&path);
+            std::fs::create_dir_all(&path).unwrap();
+            Self(path)
+        }
+
+        fn names(&self) -> Vec<OsString> {
+            std::fs::read_dir(&self.0).unwrap().map(|e| e.unwrap().file_name()).collect()
+        }
+    }
+
+    impl Drop for Folder {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    fn the_name_appears_only_with_the_commit() {
+        let dir = Folder::new("commit");
+        let out = dir.0.join("a.gguf");
+        let file = AtomicFile::create(&out, 8, false).unwrap();
+        file.write_at(4, b"5678").unwrap();
+        file.write_at(0, b"1234").unwrap();
+        assert!(!out.exists());
+        file.commit(|temp| {
+            assert_eq!(std::fs::read(temp).unwrap(), b"12345678");
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(std::fs::read(&out).unwrap(), b"12345678");
+        assert_eq!(dir.names(), ["a.gguf"]);
+    }
+
+    #[test]
+    fn a_failed_check_and_a_drop_leave_the_old_file_and_nothing_else() {
+        let dir = Folder::new("fail");
+        let out = dir.0.join("a.gguf");
+        std::fs::write(&out, b"old").unwrap();
+        let file = AtomicFile::create(&out, 3, true).unwrap();
+        file.write_at(0, b"new").unwrap();
+        let err = file.commit(|_| Err(Error::new(ErrorKind::Interrupted))).unwrap_err();
+        assert_eq!(err.kind(), ErrorKind::Interrupted);
+        drop(AtomicFile::create(&out, 3, true).unwrap());
+        assert_eq!(std::fs::read(&out).unwrap(), b"old");
+        assert_eq!(dir.names(), ["a.gguf"]);
+    }
+
+    #[test]
+    fn an_existing_output_needs_force_even_if_it_appears_late() {
+        let dir = Folder::new("exists");
+        let out = dir.0.join("a.gguf");
+        let late = AtomicFile::create(&out, 3, false).unwrap();
+        late.write_at(0, b"new").unwrap();
+        std::fs::write(&out, b"old").unwrap();
+        assert_eq!(late.commit(|_| Ok(())).unwrap_err().kind(), ErrorKind::OutputExists);
+        assert_eq!(AtomicFile::create(&out, 3, false).unwrap_err().kind(), ErrorKind::OutputExists);
+        assert_eq!(std::fs::read(&out).unwrap(), b"old");
+        let forced = AtomicFile::create(&out, 3, true).unwrap();
+        forced.write_at(0, b"new").unwrap();
+        forced.commit(|_| Ok(())).unwrap();
+        assert_eq!(std::fs::read(&out).unwrap(), b"new");
+        assert_eq!(dir.names(), ["a.gguf"]);
+    }
+
+    #[test]
+    fn two_writers_and_left_over_files_do_not_share_a_temporary() {
+        let dir = Folder::new("two");
+        let out = dir.0.join("a.gguf");
+        let first = AtomicFile::create(&out, 1, false).unwrap();
+        let second = AtomicFile::create(&out, 1, false).unwrap();
+        assert_ne!(first.temp, second.temp);
+    }
+
+    #[test]
+    fn folders_pipes_and_impossible_sizes_are_refused() {
+        let dir = Folder::new("refused");
+        assert_eq!(AtomicFile::create(&dir.0, 1, true).unwrap_err().kind(), ErrorKind::NotRegularFile);
+        assert_eq!(AtomicFile::create(Path::new("/"), 1, true).unwrap_err().kind(), ErrorKind::Usage);
+        let absent = dir.0.join("no/such/folder/a.gguf");
+        assert_eq!(AtomicFile::create(&absent, 1, false).unwrap_err().kind(), ErrorKind::Io);
+        let err = AtomicFile::create(&dir.0.join("a.gguf"), 1 << 60, false).unwrap_err();
+        assert_eq!(err.kind(), ErrorKind::Io);
+        assert!(err.to_string().contains("1152921504606846976 bytes"), "{err}");
+        assert!(dir.names().is_empty());
+    }
+
+    #[test]
+    fn long_and_odd_names_work() {
+        let dir = Folder::new("names");
+        let out = dir.0.join(OsString::from_vec([b"\xff \n".as_slice(), &[b'x'; 252]].concat()));
+        let file = AtomicFile::create(&out, 1, false).unwrap();
+        file.write_at(0, b"x").unwrap();
+        file.commit(|_| Ok(())).unwrap();
+        assert_eq!(std::fs::read(&out).unwrap(), b"x");
+    }
+
+    #[test]
+    fn with_force_a_link_stays_a_link() {
+        let dir = Folder::new("link");
+        let (real, link) = (dir.0.join("real"), dir.0.join("link"));
+        std::fs::write(&real, b"old").unwrap();
+        std::os::unix::fs::symlink(&real, &link).unwrap();
+        assert!(same_file(&real, &link));
+        let file = AtomicFile::create(&link, 3, true).unwrap();
+        file.write_at(0, b"new").unwrap();
+        file.commit(|_| Ok(())).unwrap();
+        assert!(std::fs::symlink_metadata(&link).unwrap().is_symlink());
+        assert_eq!(std::fs::read(&real).unwrap(), b"new");
+    }
+}
