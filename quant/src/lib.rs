@@ -6,6 +6,7 @@
 pub mod codec;
 pub mod error_measure;
 pub mod recipe;
+mod scale_search;
 pub mod transform;
 
 pub use codec::{Codec, codec};

@@ -1,0 +1,94 @@
+//! Q2_K: 256 weights in 16 sub-blocks of 16, `weight = d * scale * code - dmin * min`.
+//!
+//! | bytes | content |
+//! |---|---|
+//! | 0..16 | one byte per sub-block: scale in the low, min in the high nibble |
+//! | 16..80 | codes: byte i of each 32 has weights i, i + 32, i + 64, i + 96 of its 128, two bits each, lowest first |
+//! | 80..82 | `d`, f16 |
+//! | 82..84 | `dmin`, f16 |
+
+use kestrel_formats::GgmlType;
+
+use super::{Codec, expand, f16_at, for_each_block, put_f16, quantize_blocks};
+use crate::scale_search::affine::Search;
+use crate::scale_search::{ErrorWeight, Tile, mean_square};
+
+/// Weights in a block.
+pub const LEN: usize = 256;
+/// Bytes of a block.
+pub const BYTES: usize = 84;
+/// Weights in a sub-block.
+pub const SUB: usize = 16;
+/// Offset of the scales and mins.
+pub const SCALES: usize = 0;
+/// Offset of the codes.
+pub const QS: usize = 16;
+/// Offset of `d`.
+pub const D: usize = 80;
+/// Offset of `dmin`.
+pub const DMIN: usize = 82;
+
+/// Scale and min of sub-block `j` (0..16).
+pub fn scale_min(block: &[u8; BYTES], j: usize) -> (u8, u8) {
+    let byte = block[SCALES + j];
+    (byte & 15, byte >> 4)
+}
+
+/// Two-bit fields of 64 bytes in row order, for Q2_K and Q3_K.
+pub(super) fn two_bits(qs: &[u8; 64]) -> [u8; LEN] {
+    std::array::from_fn(|i| qs[i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3)
+}
+
+/// The inverse of [`two_bits`]; only the low two bits of each code count.
+pub(super) fn pack_two_bits(codes: &[u8; LEN]) -> [u8; 64] {
+    std::array::from_fn(|i| {
+        let at = i / 32 * 128 + i % 32;
+        (0..4).fold(0, |byte, k| byte | (codes[at + 32 * k] & 3) << (2 * k))
+    })
+}
+
+/// The codes in row order.
+pub fn codes(block: &[u8; BYTES]) -> [i8; LEN] {
+    two_bits(block[QS..].first_chunk().expect("64 bytes")).map(|c| c as i8)
+}
+
+/// The codec of Q2_K.
+pub struct Q2K;
+
+impl Codec for Q2K {
+    fn ggml_type(&self) -> GgmlType {
+        GgmlType::Q2K
+    }
+
+    fn quantize(&self, src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
+        const PLAIN: Search = Search { n_max: 3.0, first: -0.5, step: 0.1, n: 16, min_not_negative: true };
+        const WEIGHTED: Search = Search { first: -0.9, step: 0.05, n: 37, ..PLAIN };
+        quantize_blocks(src, importance, dst, |x: &[f32; LEN], w, out: &mut [u8; BYTES]| {
+            let (search, weight) = match w {
+                Some(w) => (&WEIGHTED, ErrorWeight::Importance(w, mean_square(x))),
+                None => (&PLAIN, ErrorWeight::Abs),
+            };
+            let tile = Tile::<SUB, 16>::new(x, weight);
+            let block = tile.affine_block(search, 15.0);
+            let mut codes = [0; LEN];
+            tile.affine_codes(&block.fit(), search.n_max, &mut codes);
+            for j in 0..16 {
+                out[SCALES + j] = block.sc[j] as u8 | (block.m[j] as u8) << 4;
+            }
+            out[QS..D].copy_from_slice(&pack_two_bits(&codes));
+            put_f16(out, D, block.d);
+            put_f16(out, DMIN, block.dmin);
+        });
+    }
+
+    fn dequantize(&self, src: &[u8], dst: &mut [f32]) {
+        for_each_block(src, dst, |b: &[u8; BYTES], out| {
+            let (d, dmin) = (f16_at(b, D), f16_at(b, DMIN));
+            let scale = |j| {
+                let (sc, m) = scale_min(b, j);
+                (d * f32::from(sc), dmin * f32::from(m))
+            };
+            expand::<SUB, LEN>(&codes(b), scale, out);
+        });
+    }
+}

@@ -1,0 +1,104 @@
+//! Q3_K: 256 weights in 16 sub-blocks of 16, `weight = d * scale * code`, codes -4..=3.
+//!
+//! | bytes | content |
+//! |---|---|
+//! | 0..32 | third bits: bit k of byte i belongs to weight 32 k + i; set where the code is not negative |
+//! | 32..96 | low two bits, as in Q2_K |
+//! | 96..108 | sixteen 6-bit scales with 32 added, see [`scale`] |
+//! | 108..110 | `d`, f16 |
+
+use kestrel_formats::GgmlType;
+
+use super::q2_k::{pack_two_bits, two_bits};
+use super::{Codec, expand, f16_at, for_each_block, put_f16, quantize_blocks};
+use crate::scale_search::grid::Integers;
+use crate::scale_search::signed::Search;
+use crate::scale_search::{ErrorWeight, Tile, mean_square};
+
+/// Weights in a block.
+pub const LEN: usize = 256;
+/// Bytes of a block.
+pub const BYTES: usize = 110;
+/// Weights in a sub-block.
+pub const SUB: usize = 16;
+/// Offset of the third bits.
+pub const HMASK: usize = 0;
+/// Offset of the low two bits.
+pub const QS: usize = 32;
+/// Offset of the packed scales.
+pub const SCALES: usize = 96;
+/// Offset of `d`.
+pub const D: usize = 108;
+
+/// Scale of sub-block `j` (0..16), sign applied: the low four bits are a nibble of byte `j % 8` (low nibbles first),
+/// the upper two are bits `2 (j / 4)` of byte `8 + j % 4`.
+pub fn scale(block: &[u8; BYTES], j: usize) -> i8 {
+    let s = &block[SCALES..D];
+    let low = s[j % 8] >> (j / 8 * 4) & 15;
+    let high = s[8 + j % 4] >> (j / 4 * 2) & 3;
+    (low | high << 4) as i8 - 32
+}
+
+/// The inverse of [`scale`].
+fn pack_scales(scales: &[i8; 16]) -> [u8; 12] {
+    let s = scales.map(|v| (v + 32) as u8);
+    std::array::from_fn(|i| match i {
+        0..8 => (s[i] & 15) | (s[i + 8] & 15) << 4,
+        _ => (0..4).fold(0, |byte, k| byte | (s[4 * k + i - 8] >> 4) << (2 * k)),
+    })
+}
+
+/// The codes in row order, sign applied.
+pub fn codes(block: &[u8; BYTES]) -> [i8; LEN] {
+    let low = two_bits(block[QS..].first_chunk().expect("64 bytes"));
+    std::array::from_fn(|i| (low[i] | (block[HMASK + i % 32] >> (i / 32) & 1) << 2) as i8 - 4)
+}
+
+/// The codec of Q3_K.
+pub struct Q3K;
+
+impl Codec for Q3K {
+    fn ggml_type(&self) -> GgmlType {
+        GgmlType::Q3K
+    }
+
+    fn quantize(&self, src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
+        const SEARCH: Search = Search { step: 0.1, n: 9 };
+        quantize_blocks(src, importance, dst, |x: &[f32; LEN], w, out: &mut [u8; BYTES]| {
+            let weight = match w {
+                Some(w) => ErrorWeight::Importance(w, 2.0 * mean_square(x)),
+                None => ErrorWeight::Square,
+            };
+            let tile = Tile::<SUB, 16>::new(x, weight);
+            let block = tile.signed_block::<Integers<4>>(&SEARCH, 32.0);
+            let mut codes = [0; LEN];
+            tile.signed_codes::<Integers<4>>(&block.scales(), |g| (g + 4.0) as u8, &mut codes);
+            for i in 0..32 {
+                out[HMASK + i] = (0..8).fold(0, |bits, k| bits | (codes[32 * k + i] >> 2) << k);
+            }
+            out[QS..SCALES].copy_from_slice(&pack_two_bits(&codes));
+            out[SCALES..D].copy_from_slice(&pack_scales(&block.sc.map(|v| v as i8)));
+            put_f16(out, D, block.d);
+        });
+    }
+
+    fn dequantize(&self, src: &[u8], dst: &mut [f32]) {
+        for_each_block(src, dst, |b: &[u8; BYTES], out| {
+            let d = f16_at(b, D);
+            expand::<SUB, LEN>(&codes(b), |j| (d * f32::from(scale(b, j)), 0.0), out);
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn packed_scales_come_back() {
+        let scales: [i8; 16] = std::array::from_fn(|i| (i * 29 % 64) as i8 - 32);
+        let mut block = [0; BYTES];
+        block[SCALES..D].copy_from_slice(&pack_scales(&scales));
+        assert_eq!(std::array::from_fn(|j| scale(&block, j)), scales);
+    }
+}

@@ -1,0 +1,154 @@
+//! Q4_0 and Q4_1: 32 weights, 4-bit codes and one scale; Q4_1 also has an offset.
+//!
+//! | Q4_0 | Q4_1 | content |
+//! |---|---|---|
+//! | 0..2 | 0..2 | `d`, f16 |
+//! | | 2..4 | `m`, f16 |
+//! | 2..18 | 4..20 | codes: byte i has weight i in its low nibble and weight i + 16 in its high nibble |
+//!
+//! Q4_0: `weight = d * (code - 8)`. Q4_1: `weight = d * code + m`.
+
+use kestrel_formats::GgmlType;
+
+use super::{Codec, expand, f16_at, for_each_block, put_f16, quantize_blocks};
+use crate::scale_search::{affine, grid, signed};
+
+/// Weights in a block.
+pub const LEN: usize = 32;
+/// Bytes of a Q4_0 block.
+pub const Q4_0_BYTES: usize = 18;
+/// Bytes of a Q4_1 block.
+pub const Q4_1_BYTES: usize = 20;
+/// Offset of `d` in both.
+pub const D: usize = 0;
+/// Offset of `m` in Q4_1.
+pub const M: usize = 2;
+/// Offset of the codes in Q4_0.
+pub const Q4_0_QS: usize = 2;
+/// Offset of the codes in Q4_1.
+pub const Q4_1_QS: usize = 4;
+/// What Q4_0 adds to a code to store it without sign.
+pub const Q4_0_BIAS: u8 = 8;
+
+/// Nibbles of 16 bytes in row order: the low ones, then the high ones.
+pub fn nibbles(qs: &[u8; 16]) -> [u8; LEN] {
+    std::array::from_fn(|i| if i < 16 { qs[i] & 15 } else { qs[i - 16] >> 4 })
+}
+
+/// The inverse of [`nibbles`].
+pub fn pack_nibbles(codes: &[u8; LEN]) -> [u8; 16] {
+    std::array::from_fn(|i| codes[i] | codes[i + 16] << 4)
+}
+
+/// The codes of Q4_0 in row order, sign applied.
+pub fn q4_0_codes(block: &[u8; Q4_0_BYTES]) -> [i8; LEN] {
+    nibbles(tail(block)).map(|c| c as i8 - Q4_0_BIAS as i8)
+}
+
+/// The codes of Q4_1 in row order.
+pub fn q4_1_codes(block: &[u8; Q4_1_BYTES]) -> [i8; LEN] {
+    nibbles(tail(block)).map(|c| c as i8)
+}
+
+/// The last `N` bytes of a block.
+pub(super) fn tail<const N: usize>(block: &[u8]) -> &[u8; N] {
+    block.last_chunk().expect("a block is longer than its codes")
+}
+
+/// The codec of Q4_0.
+pub struct Q4_0;
+/// The codec of Q4_1.
+pub struct Q4_1;
+
+impl Codec for Q4_0 {
+    fn ggml_type(&self) -> GgmlType {
+        GgmlType::Q4_0
+    }
+
+    /// Byte-identical to ggml without importance.
+    fn quantize(&self, src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
+        let pack = |d: f32, codes: &[u8; LEN], out: &mut [u8; Q4_0_BYTES]| {
+            put_f16(out, D, d);
+            out[Q4_0_QS..].copy_from_slice(&pack_nibbles(codes));
+        };
+        match importance {
+            None => quantize_blocks(src, None, dst, |x, _, out| {
+                let (d, codes) = round_signed(x, 8.0);
+                pack(d, &codes, out);
+            }),
+            Some(w) => signed::quantize_single::<grid::Integers<8>, LEN, Q4_0_BYTES>(
+                src,
+                Some(w),
+                dst,
+                &SIGNED_SEARCH,
+                |g| (g + f32::from(Q4_0_BIAS)) as u8,
+                pack,
+            ),
+        }
+    }
+
+    fn dequantize(&self, src: &[u8], dst: &mut [f32]) {
+        for_each_block(src, dst, |b: &[u8; Q4_0_BYTES], out| {
+            let d = f16_at(b, D);
+            expand::<LEN, LEN>(&q4_0_codes(b), |_| (d, 0.0), out);
+        });
+    }
+}
+
+impl Codec for Q4_1 {
+    fn ggml_type(&self) -> GgmlType {
+        GgmlType::Q4_1
+    }
+
+    /// Byte-identical to ggml without importance.
+    fn quantize(&self, src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
+        let pack = |d: f32, m: f32, codes: &[u8; LEN], out: &mut [u8; Q4_1_BYTES]| {
+            put_f16(out, D, d);
+            put_f16(out, M, m);
+            out[Q4_1_QS..].copy_from_slice(&pack_nibbles(codes));
+        };
+        match importance {
+            None => quantize_blocks(src, None, dst, |x, _, out| {
+                let (d, m, codes) = round_affine(x, 15);
+                pack(d, m, &codes, out);
+            }),
+            Some(w) => {
+                let search = affine::Search { n_max: 15.0, ..AFFINE_SEARCH };
+                affine::quantize_single::<LEN, Q4_1_BYTES>(src, w, dst, &search, pack);
+            }
+        }
+    }
+
+    fn dequantize(&self, src: &[u8], dst: &mut [f32]) {
+        for_each_block(src, dst, |b: &[u8; Q4_1_BYTES], out| {
+            let (d, m) = (f16_at(b, D), f16_at(b, M));
+            expand::<LEN, LEN>(&q4_1_codes(b), |_| (d, -m), out);
+        });
+    }
+}
+
+/// What the importance-weighted quantizers of Q4_0 and Q5_0 try.
+pub(super) const SIGNED_SEARCH: signed::Search = signed::Search { step: 0.1, n: 9 };
+
+/// What the importance-weighted quantizers of Q4_1 and Q5_1 try; `n_max` is the type's.
+pub(super) const AFFINE_SEARCH: affine::Search =
+    affine::Search { n_max: 0.0, first: -0.9, step: 0.05, n: 37, min_not_negative: false };
+
+/// ggml's rounding for Q4_0 and Q5_0: the weight of the largest magnitude becomes the code `-half` exactly. The codes
+/// returned have `half` added.
+pub(super) fn round_signed(x: &[f32; LEN], half: f32) -> (f32, [u8; LEN]) {
+    let peak = x.iter().fold(0f32, |m, v| if v.abs() > m.abs() { *v } else { m });
+    let d = peak / -half;
+    let inverse = if d != 0.0 { 1.0 / d } else { 0.0 };
+    let top = (2.0 * half) as u8 - 1;
+    (d, x.map(|v| ((v * inverse + (half + 0.5)) as u8).min(top)))
+}
+
+/// ggml's rounding for Q4_1 and Q5_1: the smallest weight becomes code 0, the largest `n_max`. Returns d, m, codes.
+pub(super) fn round_affine(x: &[f32; LEN], n_max: u8) -> (f32, f32, [u8; LEN]) {
+    let lo = x.iter().fold(f32::MAX, |m, v| if *v < m { *v } else { m });
+    let hi = x.iter().fold(f32::MIN, |m, v| if *v > m { *v } else { m });
+    let d = (hi - lo) / f32::from(n_max);
+    let inverse = if d != 0.0 { 1.0 / d } else { 0.0 };
+    (d, lo, x.map(|v| (((v - lo) * inverse + 0.5) as u8).min(n_max)))
+}

@@ -1,0 +1,81 @@
+//! Q5_K: 256 weights in 8 sub-blocks of 32, `weight = d * scale * code - dmin * min`.
+//!
+//! | bytes | content |
+//! |---|---|
+//! | 0..16 | `d`, `dmin` and the packed scales and mins, as in Q4_K |
+//! | 16..48 | fifth bits: bit j of byte i belongs to weight i of sub-block j |
+//! | 48..176 | low four bits, nibbles as in Q4_K |
+
+use kestrel_formats::GgmlType;
+
+use super::q4_k::{fit_block, pack_head, scale_min};
+use super::{Codec, expand, f16_at, for_each_block, quantize_blocks};
+use crate::scale_search::affine::Search;
+
+/// Weights in a block.
+pub const LEN: usize = 256;
+/// Bytes of a block.
+pub const BYTES: usize = 176;
+/// Weights in a sub-block.
+pub const SUB: usize = 32;
+/// Offset of `d`.
+pub const D: usize = 0;
+/// Offset of `dmin`.
+pub const DMIN: usize = 2;
+/// Offset of the packed scales and mins; [`scale_min`] takes them apart.
+pub const SCALES: usize = 4;
+/// Offset of the fifth bits.
+pub const QH: usize = 16;
+/// Offset of the low four bits.
+pub const QS: usize = 48;
+
+/// The 12 packed bytes of a block.
+pub fn packed_scales(block: &[u8; BYTES]) -> &[u8; 12] {
+    block[SCALES..].first_chunk().expect("12 bytes")
+}
+
+/// The codes in row order.
+pub fn codes(block: &[u8; BYTES]) -> [i8; LEN] {
+    std::array::from_fn(|i| {
+        let byte = block[QS + i / 64 * 32 + i % 32];
+        let low = if i % 64 < 32 { byte & 15 } else { byte >> 4 };
+        (low | (block[QH + i % 32] >> (i / 32) & 1) << 4) as i8
+    })
+}
+
+/// The codec of Q5_K.
+pub struct Q5K;
+
+impl Codec for Q5K {
+    fn ggml_type(&self) -> GgmlType {
+        GgmlType::Q5K
+    }
+
+    fn quantize(&self, src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
+        const PLAIN: Search = Search { n_max: 31.0, first: -0.5, step: 0.1, n: 16, min_not_negative: true };
+        const WEIGHTED: Search = Search { first: -0.9, step: 0.05, n: 37, ..PLAIN };
+        quantize_blocks(src, importance, dst, |x: &[f32; LEN], w, out: &mut [u8; BYTES]| {
+            let search = if w.is_some() { &WEIGHTED } else { &PLAIN };
+            let (block, codes) = fit_block(x, w, search);
+            out[..QH].copy_from_slice(&pack_head(&block));
+            for i in 0..32 {
+                out[QH + i] = (0..8).fold(0, |bits, j| bits | (codes[32 * j + i] >> 4) << j);
+            }
+            for (i, byte) in out[QS..].iter_mut().enumerate() {
+                let at = i / 32 * 64 + i % 32;
+                *byte = (codes[at] & 15) | (codes[at + 32] & 15) << 4;
+            }
+        });
+    }
+
+    fn dequantize(&self, src: &[u8], dst: &mut [f32]) {
+        for_each_block(src, dst, |b: &[u8; BYTES], out| {
+            let (d, dmin) = (f16_at(b, D), f16_at(b, DMIN));
+            let scale = |j| {
+                let (sc, m) = scale_min(packed_scales(b), j);
+                (d * f32::from(sc), dmin * f32::from(m))
+            };
+            expand::<SUB, LEN>(&codes(b), scale, out);
+        });
+    }
+}
