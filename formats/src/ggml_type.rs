@@ -57,6 +57,59 @@ const TABLE: [Row; 15] = [
     row(GgmlType::Bf16, 30, "BF16",     1,   2),
 ];
 
+/// What a type id in a file stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TypeId {
+    /// A type that is read.
+    Supported(GgmlType),
+    /// A type of ggml's that is not read here.
+    Unsupported(&'static str),
+    /// A type that ggml itself no longer reads.
+    Removed(&'static str),
+    /// Not an id of ggml's.
+    Unknown,
+}
+
+impl TypeId {
+    /// Looks an id up. Source: the enumeration in `ggml.h`, in which the ids of removed types stay taken.
+    pub fn classify(id: u32) -> Self {
+        if let Some(ty) = GgmlType::from_id(id) {
+            return Self::Supported(ty);
+        }
+        match id {
+            4 => Self::Removed("Q4_2"),
+            5 => Self::Removed("Q4_3"),
+            31 => Self::Removed("Q4_0_4_4"),
+            32 => Self::Removed("Q4_0_4_8"),
+            33 => Self::Removed("Q4_0_8_8"),
+            36 => Self::Removed("IQ4_NL_4_4"),
+            37 => Self::Removed("IQ4_NL_4_8"),
+            38 => Self::Removed("IQ4_NL_8_8"),
+            9 => Self::Unsupported("Q8_1"),
+            15 => Self::Unsupported("Q8_K"),
+            16 => Self::Unsupported("IQ2_XXS"),
+            17 => Self::Unsupported("IQ2_XS"),
+            18 => Self::Unsupported("IQ3_XXS"),
+            19 => Self::Unsupported("IQ1_S"),
+            21 => Self::Unsupported("IQ3_S"),
+            22 => Self::Unsupported("IQ2_S"),
+            24 => Self::Unsupported("I8"),
+            25 => Self::Unsupported("I16"),
+            26 => Self::Unsupported("I32"),
+            27 => Self::Unsupported("I64"),
+            28 => Self::Unsupported("F64"),
+            29 => Self::Unsupported("IQ1_M"),
+            34 => Self::Unsupported("TQ1_0"),
+            35 => Self::Unsupported("TQ2_0"),
+            39 => Self::Unsupported("MXFP4"),
+            40 => Self::Unsupported("NVFP4"),
+            41 => Self::Unsupported("Q1_0"),
+            42 => Self::Unsupported("Q2_0"),
+            _ => Self::Unknown,
+        }
+    }
+}
+
 impl GgmlType {
     /// All types, in table order.
     pub fn all() -> impl Iterator<Item = GgmlType> {
@@ -128,6 +181,13 @@ mod tests {
         for (i, r) in TABLE.iter().enumerate() {
             assert_eq!(r.ty as usize, i, "{}", r.name);
         }
+    }
+
+    #[test]
+    fn every_id_of_ggml_is_classified() {
+        let unknown: Vec<u32> = (0..45).filter(|&id| TypeId::classify(id) == TypeId::Unknown).collect();
+        assert_eq!(unknown, [43, 44]);
+        assert_eq!(TypeId::classify(12), TypeId::Supported(GgmlType::Q4K));
     }
 
     #[test]
