@@ -1,2 +1,5 @@
 //! One integration crate; each module is an area.
 #![allow(missing_docs)]
+
+mod forward;
+mod reference;
