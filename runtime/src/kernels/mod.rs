@@ -1,1 +1,29 @@
-//! Kernels.
+//! The arithmetic of the forward pass on a CPU, one set of kernels per instruction set, chosen at run time.
+//!
+//! What is no matrix product is written once over the `Lanes` trait (16 f32) and compiled for each instruction set;
+//! so is the product with f32 activations. Products with int8 activations are written per instruction set. A caller
+//! uses [`Compute`], which splits each operation over the threads and holds their scratch; nothing outside this folder
+//! and the pool is `unsafe`.
+//!
+//! Numerics: an integer product is exact within a block (the same integers on every instruction set) and f32 across
+//! blocks; a float product keeps several partial sums. Results depend on the instruction set and on how many tokens
+//! go together in rounding only, and not at all on the number of threads.
+//!
+//! The state of a sequence is laid out as [channel / 16][..][16] on every instruction set.
+
+mod acts;
+mod compute;
+mod elementwise;
+mod isa;
+mod lanes;
+mod matmul;
+mod memory;
+mod scalar;
+mod table;
+
+pub use acts::{ActKind, Acts};
+pub use compute::{Compute, InProj, Mixer, ScanWeights, Then};
+pub use isa::Isa;
+pub use matmul::MatrixRef;
+pub use memory::{Channels, LANES};
+pub use table::{Kernels, kernels};

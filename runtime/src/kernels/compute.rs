@@ -1,0 +1,307 @@
+//! The operations of the forward pass over all threads. Each is one fork and join.
+
+use super::acts::{ActKind, Acts};
+use super::elementwise::{Conv, D_CONV_MAX, Scan};
+use super::isa::Isa;
+use super::matmul::{Job, MatrixRef, Scratch};
+use super::memory::{Channels, LANES, Out, SharedMut};
+use super::table::{Kernels, kernels};
+use crate::pool::Pool;
+use kestrel_quant::codec;
+use std::ops::Range;
+
+/// Threads, the kernels that they run and what each of them needs.
+pub struct Compute {
+    pool: Pool,
+    kernels: &'static Kernels,
+    scratch: Vec<Scratch>,
+    max_tokens: usize,
+}
+
+/// What a matrix product does with what its output holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Then {
+    /// Replace it.
+    Store,
+    /// Add to it.
+    Add,
+}
+
+/// The first half of a mixer: in_proj, convolution, SiLU.
+#[derive(Clone, Copy)]
+pub struct InProj<'a> {
+    /// (2·d_inner, d_model): x rows, then z rows.
+    pub weights: MatrixRef<'a>,
+    /// (d_inner, d_conv), the newest input's tap last.
+    pub conv_weight: &'a [f32],
+    /// (d_inner)
+    pub conv_bias: &'a [f32],
+    /// Taps.
+    pub d_conv: usize,
+}
+
+/// The second half of a mixer: dt_proj, selective scan, gate.
+#[derive(Clone, Copy)]
+pub struct ScanWeights<'a> {
+    /// (d_inner, dt_rank)
+    pub dt_proj: MatrixRef<'a>,
+    /// (d_inner)
+    pub dt_bias: &'a [f32],
+    /// (d_inner, d_state), negative.
+    pub a: &'a [f32],
+    /// (d_inner)
+    pub d: &'a [f32],
+    /// States per channel.
+    pub d_state: usize,
+}
+
+/// The d_inner-wide activations of a mixer.
+pub struct Mixer {
+    /// x, then u = silu(conv(x)), then the mixer's output y.
+    pub u: Channels,
+    /// The gate.
+    pub z: Channels,
+    /// dt_proj's output.
+    pub dt: Channels,
+    d_inner: usize,
+}
+
+impl Mixer {
+    /// Room for `n_tokens` of `d_inner` channels.
+    pub fn with_capacity(d_inner: usize, n_tokens: usize) -> Self {
+        let channels = || Channels::with_capacity(d_inner, n_tokens);
+        Self { u: channels(), z: channels(), dt: channels(), d_inner }
+    }
+}
+
+/// The part of `0..n` that worker `w` of `n_workers` owns: whole units, as equal as they go.
+fn share(n: usize, unit: usize, w: usize, n_workers: usize) -> Range<usize> {
+    let units = n.div_ceil(unit);
+    let at = |w: usize| (units * w / n_workers * unit).min(n);
+    at(w)..at(w + 1)
+}
+
+impl Compute {
+    /// `n_threads` workers (the caller is one of them) for at most `max_tokens` at a time.
+    pub fn new(isa: Isa, n_threads: usize, max_tokens: usize) -> Self {
+        let pool = Pool::new(n_threads);
+        let scratch = (0..pool.n_workers()).map(|_| Scratch::new(max_tokens)).collect();
+        Self { pool, kernels: kernels(isa), scratch, max_tokens }
+    }
+
+    /// The instruction set at work.
+    pub fn isa(&self) -> Isa {
+        self.kernels.isa()
+    }
+
+    /// Workers.
+    pub fn n_threads(&self) -> usize {
+        self.pool.n_workers()
+    }
+
+    /// Tokens that go together at most.
+    pub fn max_tokens(&self) -> usize {
+        self.max_tokens
+    }
+
+    /// `out` (tokens, cols) := rows `tokens` of `table`. A token must be a row.
+    pub fn embed(&self, table: &MatrixRef<'_>, tokens: &[u32], out: &mut [f32]) {
+        assert_eq!(out.len(), tokens.len() * table.cols);
+        for (&token, out) in tokens.iter().zip(out.chunks_exact_mut(table.cols)) {
+            codec(table.dtype).dequantize(table.row(token as usize), out);
+        }
+    }
+
+    /// `acts` := x / rms(x) · weight for each row of `x` (n_tokens, d_model), stored as `kind`.
+    pub fn norm(&mut self, x: &[f32], weight: &[f32], eps: f32, kind: ActKind, acts: &mut Acts) {
+        let n_tokens = x.len() / weight.len();
+        assert!(n_tokens * weight.len() == x.len());
+        acts.reset(kind, n_tokens, weight.len());
+        let to = acts.writer();
+        let (kernels, n_workers) = (self.kernels, self.pool.n_workers());
+        let rows = |tokens: Range<usize>| {
+            for t in tokens {
+                let row = &x[t * weight.len()..][..weight.len()];
+                // SAFETY: the table's instruction set is present; each token is one worker's.
+                unsafe { (kernels.rms_norm_acts)(row, weight, eps, &to, t) };
+            }
+        };
+        if n_tokens < 4 * n_workers {
+            rows(0..n_tokens); // less work than a fork
+        } else {
+            self.pool.run(|w| rows(share(n_tokens, 1, w, n_workers)));
+        }
+    }
+
+    /// Splits x_proj's output `x` (n_tokens, dt_rank + 2·d_state): dt goes to `dt` as `kind`; B and C stay. With
+    /// `eps`, all three are divided by their rms first.
+    pub fn split_dt_b_c(
+        &mut self,
+        x: &mut [f32],
+        dt_rank: usize,
+        d_state: usize,
+        eps: Option<f32>,
+        kind: ActKind,
+        dt: &mut Acts,
+    ) {
+        let width = dt_rank + 2 * d_state;
+        assert!(x.len().is_multiple_of(width));
+        dt.reset(kind, x.len() / width, dt_rank);
+        let to = dt.writer();
+        for (t, row) in x.chunks_exact_mut(width).enumerate() {
+            let (step, b_c) = row.split_at_mut(dt_rank);
+            if let Some(eps) = eps {
+                let (b, c) = b_c.split_at_mut(d_state);
+                for part in [&mut *step, b, c] {
+                    self.kernels.rms_norm(part, eps);
+                }
+            }
+            // SAFETY: the table's instruction set is present; only this thread writes.
+            unsafe { (self.kernels.row_acts)(step, &to, t) };
+        }
+    }
+
+    /// `out` (n_tokens, rows) := or += `acts` · `weights`ᵀ.
+    pub fn matmul(&mut self, weights: &MatrixRef<'_>, acts: &Acts, out: &mut [f32], then: Then) {
+        assert_eq!(out.len(), acts.n_tokens() * weights.rows);
+        let out = Out::token_major(out, weights.rows, then == Then::Add);
+        let (kernels, n_workers) = (self.kernels, self.pool.n_workers());
+        let scratch = SharedMut::new(&mut self.scratch);
+        self.pool.run(|w| {
+            // SAFETY: each worker takes its own.
+            let scratch = unsafe { &mut scratch.part(w..w + 1)[0] };
+            let rows = share(weights.rows, LANES, w, n_workers);
+            // SAFETY: the rows of different workers are disjoint.
+            unsafe { product(kernels, &Job { weights: *weights, rows, acts, out }, scratch) };
+        });
+    }
+
+    /// x, z := in_proj · `acts`; u := silu(conv(x) + bias). Leaves u in `mixer.u` and, as `kind`, in `u_acts`; z in
+    /// `mixer.z`. `state` is the layer's [channel / 16][d_conv - 1][16].
+    pub fn in_proj(
+        &mut self,
+        layer: &InProj<'_>,
+        acts: &Acts,
+        state: &mut [f32],
+        mixer: &mut Mixer,
+        kind: ActKind,
+        u_acts: &mut Acts,
+    ) {
+        let (d_inner, n_tokens, d_conv) = (mixer.d_inner, acts.n_tokens(), layer.d_conv);
+        assert!(layer.weights.rows == 2 * d_inner && layer.conv_bias.len() == d_inner);
+        assert!(layer.conv_weight.len() == d_inner * d_conv && (1..=D_CONV_MAX).contains(&d_conv));
+        mixer.u.set_tokens(n_tokens);
+        mixer.z.set_tokens(n_tokens);
+        u_acts.reset(kind, n_tokens, d_inner);
+        let halves = [layer.weights.slice(0..d_inner), layer.weights.slice(d_inner..2 * d_inner)];
+        let (to, state) = (u_acts.writer(), SharedMut::new(state));
+        let z_out = Out::blocked(mixer.z.numbers_mut(), n_tokens);
+        let u_out = Out::blocked(mixer.u.numbers_mut(), n_tokens);
+        let (kernels, n_workers) = (self.kernels, self.pool.n_workers());
+        let scratch = SharedMut::new(&mut self.scratch);
+        self.pool.run(|w| {
+            // SAFETY: each worker takes its own.
+            let scratch = unsafe { &mut scratch.part(w..w + 1)[0] };
+            for c in units(share(d_inner, channel_unit(kind), w, n_workers), kind) {
+                let blocks = c.start / LANES..c.end.div_ceil(LANES);
+                // SAFETY: channels of different workers and units are disjoint and whole blocks of 16, and so are
+                // the parts made of them; each is dropped before the next unit.
+                unsafe {
+                    product(kernels, &Job { weights: halves[0], rows: c.clone(), acts, out: u_out }, scratch);
+                    let x = u_out.part(blocks.clone());
+                    let state =
+                        state.part(blocks.start * (d_conv - 1) * LANES..blocks.end * (d_conv - 1) * LANES);
+                    let weight = &layer.conv_weight[c.start * d_conv..c.end * d_conv];
+                    let conv = Conv { weight, bias: &layer.conv_bias[c.clone()], d_conv, n_tokens };
+                    (kernels.conv_silu)(&conv, x, state);
+                    (kernels.channel_acts)(x, n_tokens, &to, c.start, c.len());
+                    product(kernels, &Job { weights: halves[1], rows: c, acts, out: z_out }, scratch);
+                }
+            }
+        });
+    }
+
+    /// Δ := softplus(dt_proj · `dt_acts` + bias), the selective scan over u with B and C of `x_dbc` (n_tokens,
+    /// dt_rank + 2·d_state), and y := (scan + D·u) · silu(z). Leaves y in `mixer.u` and, as `kind`, in `y_acts`. `state`
+    /// is the layer's [channel / 16][d_state][16].
+    pub fn scan(
+        &mut self,
+        layer: &ScanWeights<'_>,
+        dt_acts: &Acts,
+        x_dbc: &[f32],
+        state: &mut [f32],
+        mixer: &mut Mixer,
+        kind: ActKind,
+        y_acts: &mut Acts,
+    ) {
+        let (d_inner, d_state, n_tokens) = (mixer.d_inner, layer.d_state, dt_acts.n_tokens());
+        let width = layer.dt_proj.cols + 2 * d_state;
+        assert!(layer.dt_proj.rows == d_inner && x_dbc.len() == n_tokens * width);
+        assert!(
+            layer.d.len() == d_inner && layer.dt_bias.len() == d_inner && layer.a.len() == d_inner * d_state
+        );
+        mixer.dt.set_tokens(n_tokens);
+        y_acts.reset(kind, n_tokens, d_inner);
+        let (to, state, z) = (y_acts.writer(), SharedMut::new(state), mixer.z.numbers());
+        let dt_out = Out::blocked(mixer.dt.numbers_mut(), n_tokens);
+        let u_out = Out::blocked(mixer.u.numbers_mut(), n_tokens);
+        let (kernels, n_workers) = (self.kernels, self.pool.n_workers());
+        let scratch = SharedMut::new(&mut self.scratch);
+        self.pool.run(|w| {
+            // SAFETY: each worker takes its own.
+            let scratch = unsafe { &mut scratch.part(w..w + 1)[0] };
+            for c in units(share(d_inner, channel_unit(kind), w, n_workers), kind) {
+                let blocks = c.start / LANES..c.end.div_ceil(LANES);
+                let numbers = blocks.start * n_tokens * LANES..blocks.end * n_tokens * LANES;
+                // SAFETY: as in `in_proj`.
+                unsafe {
+                    let job = Job { weights: layer.dt_proj, rows: c.clone(), acts: dt_acts, out: dt_out };
+                    product(kernels, &job, scratch);
+                    let (u, dt) = (u_out.part(blocks.clone()), dt_out.part(blocks.clone()));
+                    let state = state.part(blocks.start * d_state * LANES..blocks.end * d_state * LANES);
+                    let scan = Scan {
+                        a: &layer.a[c.start * d_state..c.end * d_state],
+                        d: &layer.d[c.clone()],
+                        dt_bias: &layer.dt_bias[c.clone()],
+                        d_state,
+                        n_tokens,
+                        bc: x_dbc.get(layer.dt_proj.cols..).unwrap_or(&[]),
+                        bc_stride: width,
+                    };
+                    (kernels.scan)(&scan, u, &z[numbers], dt, state);
+                    (kernels.channel_acts)(u, n_tokens, &to, c.start, c.len());
+                }
+            }
+        });
+    }
+}
+
+/// Channels are owned in multiples of this, so that each quantization block has one owner.
+fn channel_unit(kind: ActKind) -> usize {
+    kind.block_len().max(LANES)
+}
+
+/// A worker's channels in pieces that stay in its cache between the operations on them.
+fn units(channels: Range<usize>, kind: ActKind) -> impl Iterator<Item = Range<usize>> {
+    const CHANNELS: usize = 256;
+    let unit = channel_unit(kind).max(CHANNELS);
+    let end = channels.end;
+    channels.step_by(unit).map(move |c| c..(c + unit).min(end))
+}
+
+/// The product that fits the activations.
+///
+/// # Safety
+/// No other worker accesses the job's rows of the output.
+unsafe fn product(kernels: &Kernels, job: &Job<'_>, scratch: &mut Scratch) {
+    assert_eq!(job.acts.cols(), job.weights.cols, "the activations' columns are the weights'");
+    let kind = job.acts.kind();
+    let run = if kind == ActKind::F32 {
+        kernels.f32_matmul
+    } else {
+        assert_eq!(kind, ActKind::for_weights(job.weights.dtype, false), "the kind that the weights take");
+        kernels.int_matmul
+    };
+    // SAFETY: the table's instruction set is present, kind and columns were just checked, the rest is the caller's.
+    unsafe { run(job, scratch) }
+}

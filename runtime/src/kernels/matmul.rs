@@ -1,0 +1,267 @@
+//! Matrix products: the job that every instruction set's products take, and the product with f32 activations, which
+//! is written once over [`Lanes`].
+
+#![allow(unsafe_op_in_unsafe_fn)] // unsafe for the contracts of `Lanes` and `Matmul` alone
+
+use super::acts::Acts;
+use super::lanes::Lanes;
+use super::memory::{Aligned, LANES, Out};
+use kestrel_formats::{Error, ErrorKind, GgmlType, Result};
+use kestrel_quant::codec;
+use std::ops::Range;
+
+/// A weight matrix of any type where it lies: row-major, rows · row_bytes bytes.
+#[derive(Clone, Copy)]
+pub struct MatrixRef<'a> {
+    /// How the weights are stored.
+    pub dtype: GgmlType,
+    /// Outputs.
+    pub rows: usize,
+    /// Inputs.
+    pub cols: usize,
+    /// The weights.
+    pub bytes: &'a [u8],
+}
+
+impl<'a> MatrixRef<'a> {
+    /// Errors: `BadShape` if `bytes` is not exactly rows · cols weights of `dtype`.
+    pub fn new(dtype: GgmlType, rows: usize, cols: usize, bytes: &'a [u8]) -> Result<Self> {
+        let row_bytes = dtype.bytes_for(cols as u64);
+        let n_bytes = row_bytes.and_then(|b| b.checked_mul(rows as u64));
+        if cols == 0 || n_bytes != Some(bytes.len() as u64) {
+            return Err(Error::new(ErrorKind::BadShape)
+                .what(format!("a {dtype} matrix of {rows} x {cols}"))
+                .expected(n_bytes.map_or("whole blocks in a row".to_owned(), |n| format!("{n} bytes")))
+                .found(format!("{} bytes", bytes.len())));
+        }
+        Ok(Self { dtype, rows, cols, bytes })
+    }
+
+    /// Bytes of a row.
+    pub fn row_bytes(&self) -> usize {
+        self.cols / self.dtype.block_len() * self.dtype.block_bytes()
+    }
+
+    /// The bytes of row `r`.
+    pub(crate) fn row(&self, r: usize) -> &'a [u8] {
+        &self.bytes[r * self.row_bytes()..][..self.row_bytes()]
+    }
+
+    /// Rows `range` as a matrix.
+    pub(crate) fn slice(&self, range: Range<usize>) -> Self {
+        let bytes = &self.bytes[range.start * self.row_bytes()..range.end * self.row_bytes()];
+        Self { rows: range.len(), bytes, ..*self }
+    }
+}
+
+/// Some rows of `weights` times all of `acts`.
+pub(crate) struct Job<'a> {
+    pub weights: MatrixRef<'a>,
+    /// Starts at a multiple of 16.
+    pub rows: Range<usize>,
+    pub acts: &'a Acts,
+    pub out: Out<'a>,
+}
+
+/// A product, for the kind of activations that its name says.
+///
+/// # Safety
+/// The instruction set is present; the acts have the weights' columns and the kind that the function takes; no other
+/// worker accesses the job's rows of the output.
+pub(crate) type Matmul = unsafe fn(&Job<'_>, &mut Scratch);
+
+/// Columns of a panel that is expanded at a time.
+pub(crate) const PANEL_COLS: usize = 1024;
+/// Rows of an expanded panel.
+pub(crate) const PANEL_ROWS: usize = 32;
+
+/// What one worker needs beside its registers; its size depends on nothing but the number of tokens.
+pub(crate) struct Scratch {
+    /// Expanded weights: f32 [column][16] here, codes in an order of their own elsewhere.
+    pub panel: Aligned<f32>,
+    /// Rows before they are interleaved.
+    pub rows: Aligned<f32>,
+    /// Scales, then minimums, of an expanded panel.
+    pub scales: Aligned<f32>,
+    /// Sums over the panels so far, [token][row].
+    pub sums: Aligned<f32>,
+}
+
+impl Scratch {
+    /// For products with at most `n_tokens`.
+    pub fn new(n_tokens: usize) -> Self {
+        Self {
+            panel: Aligned::zeroed(PANEL_COLS * PANEL_ROWS),
+            rows: Aligned::zeroed(PANEL_COLS * PANEL_ROWS),
+            scales: Aligned::zeroed(PANEL_COLS / 16 * PANEL_ROWS * 2),
+            sums: Aligned::zeroed(n_tokens * PANEL_ROWS),
+        }
+    }
+}
+
+/// From this many tokens on, weights are expanded into a panel that all tokens share.
+const F32_PANEL_TOKENS: usize = 4;
+
+/// Weights of any type times f32 activations.
+#[inline(always)]
+pub(crate) unsafe fn f32_matmul<L: Lanes>(job: &Job<'_>, scratch: &mut Scratch) {
+    for row0 in job.rows.clone().step_by(LANES) {
+        let n_rows = LANES.min(job.rows.end - row0);
+        if job.acts.n_tokens() < F32_PANEL_TOKENS {
+            f32_rows::<L>(job, row0, n_rows, scratch);
+        } else {
+            f32_panel::<L>(job, row0, n_rows, scratch);
+        }
+    }
+}
+
+/// Up to 16 rows times few tokens, row by row.
+#[inline(always)]
+unsafe fn f32_rows<L: Lanes>(job: &Job<'_>, row0: usize, n_rows: usize, scratch: &mut Scratch) {
+    let mut out = [[0.0; LANES]; F32_PANEL_TOKENS];
+    for r in 0..n_rows {
+        let bytes = job.weights.row(row0 + r).as_ptr();
+        match job.weights.dtype {
+            GgmlType::F32 => {
+                let load = |k| L::load(bytes.add(4 * k).cast());
+                dots::<L>(job, row0 + r, 0, job.weights.cols, load, |t, sum| out[t][r] = sum);
+            }
+            GgmlType::F16 => {
+                let load = |k| L::load_f16(bytes.add(2 * k));
+                dots::<L>(job, row0 + r, 0, job.weights.cols, load, |t, sum| out[t][r] = sum);
+            }
+            GgmlType::Bf16 => {
+                let load = |k| L::load_bf16(bytes.add(2 * k));
+                dots::<L>(job, row0 + r, 0, job.weights.cols, load, |t, sum| out[t][r] = sum);
+            }
+            _ => {
+                for k0 in (0..job.weights.cols).step_by(PANEL_COLS) {
+                    let n = PANEL_COLS.min(job.weights.cols - k0);
+                    expand_row(job, row0 + r, k0, &mut scratch.rows[..n]);
+                    let rows = scratch.rows.as_ptr();
+                    dots::<L>(job, row0 + r, k0, n, |k| L::load(rows.add(k)), |t, sum| out[t][r] += sum);
+                }
+            }
+        }
+    }
+    for t in 0..job.acts.n_tokens() {
+        job.out.put(row0, t, &out[t][..n_rows]);
+    }
+}
+
+/// The dot product of columns `k0..k0 + n` of a row with every token; `load(k)` gives the row's numbers
+/// `k0 + k..k0 + k + 16`, and is called only where all 16 exist.
+#[inline(always)]
+unsafe fn dots<L: Lanes>(
+    job: &Job<'_>,
+    row: usize,
+    k0: usize,
+    n: usize,
+    load: impl Fn(usize) -> L,
+    mut each: impl FnMut(usize, f32),
+) {
+    let whole = n / LANES * LANES;
+    for t in 0..job.acts.n_tokens() {
+        let x = &job.acts.floats(t)[k0..k0 + n];
+        let mut sums = [L::splat(0.0); 4];
+        let mut k = 0;
+        while k + 4 * LANES <= whole {
+            for (i, sum) in sums.iter_mut().enumerate() {
+                let k = k + i * LANES;
+                *sum = load(k).mul_add(L::load(x.as_ptr().add(k)), *sum);
+            }
+            k += 4 * LANES;
+        }
+        while k < whole {
+            sums[0] = load(k).mul_add(L::load(x.as_ptr().add(k)), sums[0]);
+            k += LANES;
+        }
+        let sum = sums[0].add(sums[1]).add(sums[2].add(sums[3])).sum();
+        each(t, sum + tail_dot(job, row, k0 + whole, &x[whole..]));
+    }
+}
+
+/// The last columns of a row, fewer than 16; only types without blocks have such.
+fn tail_dot(job: &Job<'_>, row: usize, k: usize, x: &[f32]) -> f32 {
+    let mut weights = [0.0; LANES];
+    expand_row(job, row, k, &mut weights[..x.len()]);
+    weights.iter().zip(x).map(|(w, x)| w * x).sum()
+}
+
+/// Columns `k0..` of a row as f32; `k0` and `to.len()` are whole blocks.
+fn expand_row(job: &Job<'_>, row: usize, k0: usize, to: &mut [f32]) {
+    let ty = job.weights.dtype;
+    let bytes = |n: usize| n / ty.block_len() * ty.block_bytes();
+    codec(ty).dequantize(&job.weights.row(row)[bytes(k0)..bytes(k0 + to.len())], to);
+}
+
+/// Up to 16 rows times all tokens: the rows are expanded to [column][16], some columns at a time, and multiplied in
+/// tiles of 16 rows by several tokens.
+#[inline(always)]
+unsafe fn f32_panel<L: Lanes>(job: &Job<'_>, row0: usize, n_rows: usize, scratch: &mut Scratch) {
+    let (n_tokens, cols) = (job.acts.n_tokens(), job.weights.cols);
+    scratch.sums[..n_tokens * LANES].fill(0.0);
+    for k0 in (0..cols).step_by(PANEL_COLS) {
+        let n = PANEL_COLS.min(cols - k0);
+        for r in 0..LANES {
+            let row = &mut scratch.rows[r * PANEL_COLS..][..n.next_multiple_of(LANES)];
+            row[n / LANES * LANES..].fill(0.0);
+            match r < n_rows {
+                true => expand_row(job, row0 + r, k0, &mut row[..n]),
+                false => row.fill(0.0),
+            }
+        }
+        for k in (0..n).step_by(LANES) {
+            let to = scratch.panel[k * LANES..][..LANES * LANES].as_mut_ptr();
+            L::transpose(scratch.rows[k..].as_ptr(), PANEL_COLS, to);
+        }
+        let mut t = 0;
+        while n_tokens - t >= L::TILE_TOKENS {
+            match L::TILE_TOKENS {
+                12 => f32_tile::<L, 12>(job, scratch, k0, n, t),
+                6 => f32_tile::<L, 6>(job, scratch, k0, n, t),
+                _ => f32_tile::<L, 4>(job, scratch, k0, n, t),
+            }
+            t += L::TILE_TOKENS;
+        }
+        while t < n_tokens {
+            match n_tokens - t {
+                1 => f32_tile::<L, 1>(job, scratch, k0, n, t),
+                2 | 3 => f32_tile::<L, 2>(job, scratch, k0, n, t),
+                _ => f32_tile::<L, 4>(job, scratch, k0, n, t),
+            }
+            t += match n_tokens - t {
+                1 => 1,
+                2 | 3 => 2,
+                _ => 4,
+            };
+        }
+    }
+    for t in 0..n_tokens {
+        job.out.put(row0, t, &scratch.sums[t * LANES..][..n_rows]);
+    }
+}
+
+/// Adds 16 rows by `T` tokens over columns `k0..k0 + n` to the sums.
+#[inline(always)]
+unsafe fn f32_tile<L: Lanes, const T: usize>(
+    job: &Job<'_>,
+    scratch: &mut Scratch,
+    k0: usize,
+    n: usize,
+    t0: usize,
+) {
+    let x: [*const f32; T] = std::array::from_fn(|i| job.acts.floats(t0 + i)[k0..k0 + n].as_ptr());
+    let panel = scratch.panel[..n * LANES].as_ptr();
+    let mut sums = [L::splat(0.0); T];
+    for k in 0..n {
+        let w = L::load(panel.add(k * LANES));
+        for i in 0..T {
+            sums[i] = w.mul_add(L::splat(*x[i].add(k)), sums[i]);
+        }
+    }
+    for (i, sum) in sums.into_iter().enumerate() {
+        let to = scratch.sums[(t0 + i) * LANES..][..LANES].as_mut_ptr();
+        L::load(to).add(sum).store(to);
+    }
+}

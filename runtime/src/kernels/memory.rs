@@ -1,0 +1,196 @@
+//! Buffers that kernels write: aligned storage, and views that several workers share.
+
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::marker::PhantomData;
+use std::ops::{Deref, DerefMut, Range};
+use std::ptr::NonNull;
+
+/// Numbers for which all zero bits are a value.
+pub(crate) trait Plain: Copy {}
+impl Plain for f32 {}
+impl Plain for i32 {}
+impl Plain for i8 {}
+impl Plain for u8 {}
+
+/// A zeroed slice that starts on a cache line. Untouched pages take no memory.
+pub(crate) struct Aligned<T: Plain> {
+    ptr: NonNull<T>,
+    len: usize,
+}
+
+const LINE_BYTES: usize = 64;
+
+// SAFETY: it owns plain numbers, as a Vec does.
+unsafe impl<T: Plain + Send> Send for Aligned<T> {}
+// SAFETY: as above.
+unsafe impl<T: Plain + Sync> Sync for Aligned<T> {}
+
+impl<T: Plain> Aligned<T> {
+    pub fn zeroed(len: usize) -> Self {
+        let Some(layout) = Self::layout(len) else { return Self { ptr: NonNull::dangling(), len: 0 } };
+        // SAFETY: `layout` gives no layout of zero bytes.
+        let ptr = unsafe { alloc_zeroed(layout) };
+        let Some(ptr) = NonNull::new(ptr.cast()) else { handle_alloc_error(layout) };
+        Self { ptr, len }
+    }
+
+    /// `None` for no bytes at all.
+    fn layout(len: usize) -> Option<Layout> {
+        let layout =
+            Layout::array::<T>(len).and_then(|l| l.align_to(LINE_BYTES)).expect("a buffer fits in memory");
+        (layout.size() > 0).then_some(layout)
+    }
+}
+
+impl<T: Plain> Drop for Aligned<T> {
+    fn drop(&mut self) {
+        if let Some(layout) = Self::layout(self.len) {
+            // SAFETY: allocated in `zeroed` with the same layout.
+            unsafe { dealloc(self.ptr.as_ptr().cast(), layout) };
+        }
+    }
+}
+
+impl<T: Plain> Deref for Aligned<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        // SAFETY: `len` initialised numbers were allocated in `zeroed`.
+        unsafe { std::slice::from_raw_parts(self.ptr.as_ptr(), self.len) }
+    }
+}
+
+impl<T: Plain> DerefMut for Aligned<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        // SAFETY: as in `deref`, borrowed exclusively.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr(), self.len) }
+    }
+}
+
+/// A mutable slice of which each worker takes its own part.
+#[derive(Clone, Copy)]
+pub(crate) struct SharedMut<'a, T> {
+    ptr: *mut T,
+    len: usize,
+    _borrow: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: parts are handed out only by `part`, whose callers keep them disjoint.
+unsafe impl<T: Send> Sync for SharedMut<'_, T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Send for SharedMut<'_, T> {}
+
+impl<'a, T> SharedMut<'a, T> {
+    pub fn new(slice: &'a mut [T]) -> Self {
+        Self { ptr: slice.as_mut_ptr(), len: slice.len(), _borrow: PhantomData }
+    }
+
+    /// The part `range`.
+    ///
+    /// # Safety
+    /// No two parts that are alive at the same time overlap.
+    #[allow(clippy::mut_from_ref)] // that is its purpose
+    pub unsafe fn part(&self, range: Range<usize>) -> &'a mut [T] {
+        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {}", self.len);
+        // SAFETY: inside the borrowed slice by the assertion, disjoint from the other parts by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.add(range.start), range.len()) }
+    }
+}
+
+/// Numbers that belong to a group of 16 rows or channels.
+pub const LANES: usize = 16;
+
+/// Where a matmul puts its results: row r of token t is at `r / 16 * row16_stride + t * token_stride + r % 16`.
+#[derive(Clone, Copy)]
+pub(crate) struct Out<'a> {
+    numbers: SharedMut<'a, f32>,
+    row16_stride: usize,
+    token_stride: usize,
+    /// Add to what is there instead of replacing it.
+    add: bool,
+}
+
+impl<'a> Out<'a> {
+    /// Results as [token][row] with `width` numbers per token.
+    pub fn token_major(numbers: &'a mut [f32], width: usize, add: bool) -> Self {
+        Self { numbers: SharedMut::new(numbers), row16_stride: LANES, token_stride: width, add }
+    }
+
+    /// Results as [row / 16][token][16] for `n_tokens` tokens.
+    pub fn blocked(numbers: &'a mut [f32], n_tokens: usize) -> Self {
+        Self {
+            numbers: SharedMut::new(numbers),
+            row16_stride: n_tokens * LANES,
+            token_stride: LANES,
+            add: false,
+        }
+    }
+
+    /// Everything of the rows `16 · blocks`, of a blocked output.
+    ///
+    /// # Safety
+    /// As for [`SharedMut::part`].
+    pub unsafe fn part(&self, blocks: Range<usize>) -> &'a mut [f32] {
+        // SAFETY: the caller's promise.
+        unsafe { self.numbers.part(blocks.start * self.row16_stride..blocks.end * self.row16_stride) }
+    }
+
+    /// Stores `values` as rows `row..` (at most 16, `row` a multiple of 16) of token `t`.
+    ///
+    /// # Safety
+    /// No other worker accesses these rows at the same time.
+    #[inline(always)]
+    pub unsafe fn put(&self, row: usize, t: usize, values: &[f32]) {
+        debug_assert!(row.is_multiple_of(LANES) && values.len() <= LANES);
+        let start = row / LANES * self.row16_stride + t * self.token_stride;
+        // SAFETY: the caller's promise.
+        let to = unsafe { self.numbers.part(start..start + values.len()) };
+        if self.add {
+            to.iter_mut().zip(values).for_each(|(to, v)| *to += v);
+        } else {
+            to.copy_from_slice(values);
+        }
+    }
+}
+
+/// Activations of the d_inner-wide part of a layer: [channel / 16][token][16], so that a range of channels is one
+/// slice and 16 channels of a token are one vector. Channels beyond the last are padding.
+pub struct Channels {
+    numbers: Aligned<f32>,
+    n_blocks: usize,
+    n_tokens: usize,
+}
+
+impl Channels {
+    /// Room for `n_channels` of at most `n_tokens` tokens.
+    pub fn with_capacity(n_channels: usize, n_tokens: usize) -> Self {
+        let n_blocks = n_channels.div_ceil(LANES);
+        Self { numbers: Aligned::zeroed(n_blocks * n_tokens * LANES), n_blocks, n_tokens: 0 }
+    }
+
+    /// Sets the number of tokens; what is stored becomes meaningless.
+    pub(crate) fn set_tokens(&mut self, n_tokens: usize) {
+        assert!(
+            self.n_blocks * n_tokens * LANES <= self.numbers.len(),
+            "more tokens than the buffer was made for"
+        );
+        self.n_tokens = n_tokens;
+    }
+
+    /// The number of channel `c` of token `t`.
+    pub fn at(&self, c: usize, t: usize) -> f32 {
+        self.numbers[(c / LANES * self.n_tokens + t) * LANES + c % LANES]
+    }
+
+    pub(crate) fn n_channels(&self) -> usize {
+        self.n_blocks * LANES
+    }
+
+    pub(crate) fn numbers(&self) -> &[f32] {
+        &self.numbers[..self.n_blocks * self.n_tokens * LANES]
+    }
+
+    pub(crate) fn numbers_mut(&mut self) -> &mut [f32] {
+        &mut self.numbers[..self.n_blocks * self.n_tokens * LANES]
+    }
+}
