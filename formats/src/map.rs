@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// A read-only map of a whole regular file, shared by whoever holds a clone.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Map(Arc<Inner>);
 
+#[derive(Debug)]
 struct Inner {
     path: PathBuf,
     map: memmap2::Mmap,
@@ -38,6 +39,13 @@ impl Deref for Map {
     fn deref(&self) -> &[u8] {
         &self.0.map
     }
+}
+
+/// The same bytes as little-endian f32, if they are aligned for it; `None` on a big-endian machine.
+pub fn f32s(bytes: &[u8]) -> Option<&[f32]> {
+    // SAFETY: every bit pattern is an f32, and `align_to` keeps what is misaligned out of the middle.
+    let (head, floats, tail) = unsafe { bytes.align_to::<f32>() };
+    (head.is_empty() && tail.is_empty() && cfg!(target_endian = "little")).then_some(floats)
 }
 
 /// Opens a regular file for reading without blocking on pipes.

@@ -2,3 +2,15 @@
 
 pub mod kernels;
 pub mod pool;
+
+pub mod forward;
+mod load;
+mod matrix;
+mod model;
+pub mod sampler;
+pub mod state;
+
+pub use forward::{Runner, RunnerOptions};
+pub use load::LoadOptions;
+pub use model::Model;
+pub use state::State;

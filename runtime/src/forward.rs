@@ -1,0 +1,181 @@
+//! The forward pass of Mamba-1 and Falcon Mamba (Gu & Dao 2023, algorithm 2; the dt/B/C norms are TII's), over any
+//! number of tokens at once.
+//!
+//! t: tokens that go together. Four forks per layer for one token; the norm adds one for many.
+
+use crate::kernels::{ActKind, Acts, Compute, InProj, Isa, Mixer, ScanWeights, Then};
+use crate::matrix::Matrix;
+use crate::model::{Layer, Model};
+use crate::state::State;
+use kestrel_formats::Result;
+use kestrel_formats::arch::Arch;
+
+/// How to execute a model.
+#[derive(Clone, Debug)]
+pub struct RunnerOptions {
+    /// Instruction set; `None` takes `KESTREL_ISA` or the best there is.
+    pub isa: Option<Isa>,
+    /// Threads, the caller included; 0 takes one per processor.
+    pub threads: usize,
+    /// Keep activations in f32 where quantized weights would take int8.
+    pub precise: bool,
+    /// Tokens that a long prompt is cut into.
+    pub chunk: usize,
+}
+
+impl Default for RunnerOptions {
+    fn default() -> Self {
+        Self { isa: None, threads: 0, precise: false, chunk: 512 }
+    }
+}
+
+/// Executes one model: threads, kernels and every buffer, made once. Holds no state of a sequence.
+pub struct Runner<'m> {
+    model: &'m Model,
+    compute: Compute,
+    precise: bool,
+    buffers: Buffers,
+}
+
+/// What lies between the operations of a layer, for at most `chunk` tokens.
+struct Buffers {
+    x: Vec<f32>,    // (t, d_model) the residual stream
+    normed: Acts,   // (t, d_model)
+    mixer: Mixer,   // u, z, dt: (d_inner, t) each, in blocks of channels
+    inner: Acts,    // (t, d_inner) u for x_proj, then y for out_proj
+    dt_b_c: Vec<f32>, // (t, dt_rank + 2·d_state)
+    dt: Acts,       // (t, dt_rank)
+    logits: Vec<f32>, // (LOGIT_ROWS, vocab)
+}
+
+/// Tokens whose logits are computed together when all are wanted.
+const LOGIT_ROWS: usize = 32;
+
+impl<'m> Runner<'m> {
+    /// Threads and buffers for `model`. Errors: `KESTREL_ISA` names an instruction set that this machine lacks.
+    pub fn new(model: &'m Model, options: &RunnerOptions) -> Result<Self> {
+        let isa = options.isa.map_or_else(Isa::from_env, Ok)?;
+        let threads = match options.threads {
+            0 => std::thread::available_parallelism().map_or(1, |n| n.get()),
+            n => n,
+        };
+        let t = options.chunk.max(1);
+        let h = model.hparams();
+        let buffers = Buffers {
+            x: vec![0.0; t * h.d_model],
+            normed: Acts::with_capacity(t, h.d_model),
+            mixer: Mixer::with_capacity(h.d_inner, t),
+            inner: Acts::with_capacity(t, h.d_inner),
+            dt_b_c: vec![0.0; t * h.x_proj_rows()],
+            dt: Acts::with_capacity(t, h.dt_rank),
+            logits: vec![0.0; t.min(LOGIT_ROWS) * h.vocab_size],
+        };
+        Ok(Self { model, compute: Compute::new(isa, threads, t), precise: options.precise, buffers })
+    }
+
+    /// The instruction set at work.
+    pub fn isa(&self) -> Isa {
+        self.compute.isa()
+    }
+
+    /// Threads at work.
+    pub fn n_threads(&self) -> usize {
+        self.compute.n_threads()
+    }
+
+    /// Consumes `tokens` and leaves the logits after the last one in `logits` (vocab). Tokens are below the
+    /// vocabulary's size; with no tokens nothing changes.
+    pub fn forward(&mut self, state: &mut State, tokens: &[u32], logits: &mut [f32]) {
+        let d_model = self.model.hparams().d_model;
+        let mut last = 0;
+        for chunk in tokens.chunks(self.compute.max_tokens()) {
+            self.layers(state, chunk);
+            last = chunk.len();
+        }
+        if let Some(last) = last.checked_sub(1) {
+            let x = &self.buffers.x[last * d_model..][..d_model];
+            let kind = act_kind(self.model.output_matrix(), self.precise);
+            let eps = self.model.hparams().layer_norm_epsilon;
+            self.compute.norm(x, &self.model.output_norm, eps, kind, &mut self.buffers.normed);
+            self.compute.matmul(&self.model.output_matrix().view(), &self.buffers.normed, logits, Then::Store);
+        }
+    }
+
+    /// Consumes `tokens` and calls `each(position, logits)` for every one of them.
+    pub fn forward_all(&mut self, state: &mut State, tokens: &[u32], each: &mut dyn FnMut(usize, &[f32])) {
+        let h = *self.model.hparams();
+        let kind = act_kind(self.model.output_matrix(), self.precise);
+        let mut position = 0;
+        for chunk in tokens.chunks(self.compute.max_tokens()) {
+            self.layers(state, chunk);
+            let b = &mut self.buffers;
+            for x in b.x[..chunk.len() * h.d_model].chunks(LOGIT_ROWS * h.d_model) {
+                let logits = &mut b.logits[..x.len() / h.d_model * h.vocab_size];
+                self.compute.norm(x, &self.model.output_norm, h.layer_norm_epsilon, kind, &mut b.normed);
+                self.compute.matmul(&self.model.output_matrix().view(), &b.normed, logits, Then::Store);
+                for row in logits.chunks_exact(h.vocab_size) {
+                    each(position, row);
+                    position += 1;
+                }
+            }
+        }
+    }
+
+    /// x := embeddings of `tokens`, through all layers.
+    fn layers(&mut self, state: &mut State, tokens: &[u32]) {
+        let model = self.model;
+        let x = &mut self.buffers.x[..tokens.len() * model.hparams().d_model];
+        self.compute.embed(&model.token_embd.view(), tokens, x);
+        for (i, layer) in model.layers.iter().enumerate() {
+            let (conv, ssm) = state.layer_mut(i);
+            self.layer(layer, tokens.len(), conv, ssm);
+        }
+        state.advance(tokens.len());
+    }
+
+    /// x := x + mixer(norm(x)) for `t` tokens.
+    fn layer(&mut self, layer: &Layer, t: usize, conv_state: &mut [f32], ssm_state: &mut [f32]) {
+        let h = self.model.hparams();
+        let precise = self.precise;
+        let kind = |m: &Matrix| act_kind(m, precise);
+        let (c, b) = (&mut self.compute, &mut self.buffers);
+        let x = &mut b.x[..t * h.d_model]; // (t, d_model)
+        let dt_b_c = &mut b.dt_b_c[..t * h.x_proj_rows()]; // (t, dt_rank + 2·d_state)
+
+        // normed (t, d_model) = x / rms(x) · attn_norm
+        c.norm(x, &layer.attn_norm, h.layer_norm_epsilon, kind(&layer.ssm_in), &mut b.normed);
+
+        // u, z (t, d_inner) = in_proj · normed;  u = silu(conv1d(u))
+        let in_proj = InProj {
+            weights: layer.ssm_in.view(),
+            conv_weight: &layer.conv_weight,
+            conv_bias: &layer.conv_bias,
+            d_conv: h.d_conv,
+        };
+        c.in_proj(&in_proj, &b.normed, conv_state, &mut b.mixer, kind(&layer.ssm_x), &mut b.inner);
+
+        // dt (t, dt_rank), B (t, d_state), C (t, d_state) = x_proj · u;  each / rms in Falcon Mamba
+        c.matmul(&layer.ssm_x.view(), &b.inner, dt_b_c, Then::Store);
+        let eps = (h.arch == Arch::FalconMamba).then_some(h.mixer_rms_eps);
+        c.split_dt_b_c(dt_b_c, h.dt_rank, h.d_state, eps, kind(&layer.ssm_dt), &mut b.dt);
+
+        // Δ (t, d_inner) = softplus(dt_proj · dt + dt_bias)
+        // h (d_inner, d_state) = exp(Δ·A)·h + Δ·B·u;  y (t, d_inner) = (C·h + D·u) · silu(z)
+        let scan = ScanWeights {
+            dt_proj: layer.ssm_dt.view(),
+            dt_bias: &layer.dt_bias,
+            a: &layer.a,
+            d: &layer.d,
+            d_state: h.d_state,
+        };
+        c.scan(&scan, &b.dt, dt_b_c, ssm_state, &mut b.mixer, kind(&layer.ssm_out), &mut b.inner);
+
+        // x (t, d_model) += out_proj · y
+        c.matmul(&layer.ssm_out.view(), &b.inner, x, Then::Add);
+    }
+}
+
+/// The form of the activations that `matrix` multiplies.
+fn act_kind(matrix: &Matrix, precise: bool) -> ActKind {
+    ActKind::for_weights(matrix.dtype, precise)
+}

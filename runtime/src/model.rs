@@ -1,0 +1,136 @@
+//! A model: hyperparameters and weights, borrowed from the mapped file wherever they can be.
+
+use crate::matrix::{Floats, Matrix};
+use crate::state::{State, StateShape, checksum};
+use kestrel_formats::arch::{HyperParams, Role};
+use kestrel_formats::tokenizer::TokenizerData;
+use kestrel_formats::Result;
+use std::path::{Path, PathBuf};
+
+/// Where a model's tensors come from: a GGUF file or a checkpoint folder.
+pub(crate) trait WeightSource {
+    /// The matrix of `role` in `layer`, in place or quantized as the user asked.
+    fn matrix(&self, role: Role, layer: usize) -> Result<Matrix>;
+
+    /// The small f32 tensor of `role` in `layer`.
+    fn floats(&self, role: Role, layer: usize) -> Result<Floats>;
+}
+
+/// One layer's weights; names as in GGUF.
+#[allow(missing_docs)] // the shapes say it
+pub struct Layer {
+    pub attn_norm: Floats,  // (d_model)
+    pub ssm_in: Matrix,     // (2·d_inner, d_model): x rows, then z rows
+    pub conv_weight: Floats, // (d_inner, d_conv)
+    pub conv_bias: Floats,  // (d_inner)
+    pub ssm_x: Matrix,      // (dt_rank + 2·d_state, d_inner): dt, B, C
+    pub ssm_dt: Matrix,     // (d_inner, dt_rank)
+    pub dt_bias: Floats,    // (d_inner)
+    pub a: Floats,          // (d_inner, d_state), negative
+    pub d: Floats,          // (d_inner)
+    pub ssm_out: Matrix,    // (d_model, d_inner)
+}
+
+/// A loaded model. Immutable; any number of sessions may share it.
+pub struct Model {
+    path: PathBuf,
+    hparams: HyperParams,
+    pub(crate) token_embd: Matrix,    // (vocab, d_model)
+    pub(crate) layers: Vec<Layer>,
+    pub(crate) output_norm: Floats,   // (d_model)
+    pub(crate) output: Option<Matrix>, // (vocab, d_model); tied to token_embd if absent
+    tokenizer: Option<TokenizerData>,
+    fingerprint: u64,
+}
+
+impl Model {
+    pub(crate) fn build(
+        path: &Path,
+        hparams: HyperParams,
+        tied: bool,
+        tokenizer: Option<TokenizerData>,
+        source: &dyn WeightSource,
+    ) -> Result<Self> {
+        let layers = (0..hparams.n_layer).map(|i| Layer::load(source, i)).collect::<Result<Vec<_>>>()?;
+        let output_norm = source.floats(Role::OutputNorm, 0)?;
+        let fingerprint = fingerprint(&output_norm, &layers);
+        Ok(Self {
+            path: path.to_owned(),
+            token_embd: source.matrix(Role::TokenEmbd, 0)?,
+            output: (!tied).then(|| source.matrix(Role::Output, 0)).transpose()?,
+            hparams,
+            layers,
+            output_norm,
+            tokenizer,
+            fingerprint,
+        })
+    }
+
+    /// The file or folder that the model came from.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Shapes and constants.
+    pub fn hparams(&self) -> &HyperParams {
+        &self.hparams
+    }
+
+    /// The vocabulary as read, if there is one.
+    pub fn tokenizer_data(&self) -> Option<&TokenizerData> {
+        self.tokenizer.as_ref()
+    }
+
+    /// A number that two models share if they come from the same weights, quantized or not.
+    pub fn fingerprint(&self) -> u64 {
+        self.fingerprint
+    }
+
+    /// An empty state for one sequence.
+    pub fn new_state(&self) -> State {
+        State::new(self.state_shape())
+    }
+
+    /// The shape that a state of this model has.
+    pub fn state_shape(&self) -> StateShape {
+        StateShape::new(&self.hparams, self.fingerprint)
+    }
+
+    /// The matrix that gives the logits (vocab, d_model).
+    pub(crate) fn output_matrix(&self) -> &Matrix {
+        self.output.as_ref().unwrap_or(&self.token_embd)
+    }
+
+    /// Every matrix with its role, for reports.
+    pub fn matrices(&self) -> impl Iterator<Item = (Role, &Matrix)> {
+        let outer = [(Role::TokenEmbd, Some(&self.token_embd)), (Role::Output, self.output.as_ref())];
+        let layers = self.layers.iter().flat_map(|l| {
+            [(Role::SsmIn, &l.ssm_in), (Role::SsmX, &l.ssm_x), (Role::SsmDt, &l.ssm_dt), (Role::SsmOut, &l.ssm_out)]
+        });
+        outer.into_iter().filter_map(|(r, m)| m.map(|m| (r, m))).chain(layers)
+    }
+}
+
+impl Layer {
+    fn load(source: &dyn WeightSource, i: usize) -> Result<Self> {
+        Ok(Self {
+            attn_norm: source.floats(Role::AttnNorm, i)?,
+            ssm_in: source.matrix(Role::SsmIn, i)?,
+            conv_weight: source.floats(Role::SsmConv1d, i)?,
+            conv_bias: source.floats(Role::SsmConv1dBias, i)?,
+            ssm_x: source.matrix(Role::SsmX, i)?,
+            ssm_dt: source.matrix(Role::SsmDt, i)?,
+            dt_bias: source.floats(Role::SsmDtBias, i)?,
+            a: source.floats(Role::SsmA, i)?,
+            d: source.floats(Role::SsmD, i)?,
+            ssm_out: source.matrix(Role::SsmOut, i)?,
+        })
+    }
+}
+
+/// From tensors that no quantization changes: the final norm, and each layer's norm and step bias.
+fn fingerprint(output_norm: &[f32], layers: &[Layer]) -> u64 {
+    let tensors = layers.iter().flat_map(|l| [&*l.attn_norm, &*l.dt_bias]).chain([output_norm]);
+    let bytes: Vec<u8> = tensors.flatten().flat_map(|x| x.to_le_bytes()).collect();
+    checksum(&bytes)
+}

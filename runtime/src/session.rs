@@ -1,0 +1,138 @@
+//! One sequence being read and written: a state, the machinery that advances it, and the loop that generates text.
+
+use crate::forward::{Runner, RunnerOptions};
+use crate::model::Model;
+use crate::sampler::Sampler;
+use crate::state::State;
+use crate::text_stream::TextStream;
+use crate::tokenizer::Tokenizer;
+use kestrel_formats::{Error, ErrorKind, Result};
+use std::ops::ControlFlow;
+
+/// A sequence over a model.
+pub struct Session<'m> {
+    model: &'m Model,
+    runner: Runner<'m>,
+    state: State,
+    /// Of the last token consumed (vocab).
+    logits: Vec<f32>,
+}
+
+/// Why [`Session::generate`] ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    /// As many tokens as asked for.
+    Length,
+    /// One of the model's end tokens.
+    EndToken(u32),
+    /// A stop string.
+    StopString,
+    /// The caller's callback said so.
+    Caller,
+}
+
+/// What to generate and when to stop.
+#[derive(Clone, Debug, Default)]
+pub struct GenerateOptions {
+    /// At most this many tokens.
+    pub n_tokens: usize,
+    /// Text that ends the generation and is not part of it.
+    pub stop_strings: Vec<String>,
+    /// Go on after an end token.
+    pub ignore_end: bool,
+}
+
+impl<'m> Session<'m> {
+    /// A session with an empty state. Errors: an instruction set that this machine lacks.
+    pub fn new(model: &'m Model, options: &RunnerOptions) -> Result<Self> {
+        let runner = Runner::new(model, options)?;
+        Ok(Self { model, runner, state: model.new_state(), logits: vec![0.0; model.hparams().vocab_size] })
+    }
+
+    /// Consumes `tokens`; afterwards [`Self::logits`] are those of the last one. Errors: a token outside the
+    /// vocabulary, before anything is consumed.
+    pub fn prefill(&mut self, tokens: &[u32]) -> Result<()> {
+        self.check(tokens)?;
+        self.runner.forward(&mut self.state, tokens, &mut self.logits);
+        Ok(())
+    }
+
+    /// Consumes `tokens` and calls `each(position, logits)` with the logits (vocab) after every one of them.
+    pub fn prefill_with_logits(&mut self, tokens: &[u32], mut each: impl FnMut(usize, &[f32])) -> Result<()> {
+        self.check(tokens)?;
+        self.runner.forward_all(&mut self.state, tokens, &mut |i, logits| each(i, logits));
+        Ok(())
+    }
+
+    /// The logits (vocab) after the last prefilled or generated token.
+    pub fn logits(&self) -> &[f32] {
+        &self.logits
+    }
+
+    /// The state, to be cloned (a snapshot, a fork) or saved.
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// Continues from another state. Errors: it belongs to another model.
+    pub fn set_state(&mut self, state: State) -> Result<()> {
+        if *state.shape() != self.model.state_shape() {
+            return Err(Error::new(ErrorKind::Inconsistent).what("state").expected("a state of this model"));
+        }
+        self.state = state;
+        Ok(())
+    }
+
+    /// Back to before the first token.
+    pub fn reset(&mut self) {
+        self.state.reset();
+    }
+
+    /// The instruction set and the number of threads at work.
+    pub fn runner(&self) -> &Runner<'m> {
+        &self.runner
+    }
+
+    /// Draws tokens from the current logits until something stops it, and hands each token with the text that became
+    /// certain through it to `each`; a last call without a token brings the rest of the text. A prompt must have been
+    /// consumed before.
+    pub fn generate(
+        &mut self,
+        sampler: &mut Sampler,
+        tokenizer: &Tokenizer,
+        options: &GenerateOptions,
+        mut each: impl FnMut(Option<u32>, &str) -> ControlFlow<()>,
+    ) -> Result<Stop> {
+        let mut text = TextStream::new(&options.stop_strings);
+        let mut stop = Stop::Length;
+        for _ in 0..options.n_tokens {
+            let token = sampler.sample(&self.logits);
+            if !options.ignore_end && tokenizer.is_end(token) {
+                stop = Stop::EndToken(token);
+                break;
+            }
+            sampler.accept(token);
+            let piece = text.push(tokenizer.token_bytes(token));
+            if each(Some(token), &piece).is_break() {
+                return Ok(Stop::Caller);
+            }
+            if text.stopped() {
+                return Ok(Stop::StopString);
+            }
+            self.prefill(&[token])?;
+        }
+        let _ = each(None, &text.finish());
+        Ok(stop)
+    }
+
+    fn check(&self, tokens: &[u32]) -> Result<()> {
+        let vocab_size = self.model.hparams().vocab_size;
+        match tokens.iter().position(|&t| t as usize >= vocab_size) {
+            Some(i) => Err(Error::new(ErrorKind::OutOfRange)
+                .what(format!("token {i}"))
+                .expected(format!("an id below {vocab_size}"))
+                .found(tokens[i])),
+            None => Ok(()),
+        }
+    }
+}
