@@ -46,3 +46,5 @@ pub const WIDTH_MAX: u64 = 1 << 20;
 pub const D_STATE_MAX: u64 = 1024;
 /// d_conv; published models have 4.
 pub const D_CONV_MAX: u64 = 64;
+/// Safetensors files of one checkpoint; each stays open.
+pub const SHARDS_MAX: u64 = 512;
