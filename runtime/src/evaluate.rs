@@ -1,0 +1,229 @@
+//! Perplexity and Kullback-Leibler divergence: windows, scored positions and the sums over them.
+//!
+//! Pure functions on logits. The windows and the scored half are those of llama.cpp's `llama-perplexity`, so that its
+//! numbers and ours can be compared: the text is cut into windows of `n_ctx` tokens that do not overlap, a rest at the
+//! end is dropped, each window starts from an empty state, and of each only the second half is scored. Unlike it, base
+//! logits are not rounded to 16 bits here and all sums are f64.
+
+use std::ops::Range;
+
+/// The windows of a text of `n_tokens`, as ranges of its tokens. Empty if the text is shorter than one window or
+/// `n_ctx` is zero.
+pub fn windows(n_tokens: usize, n_ctx: usize) -> impl Iterator<Item = Range<usize>> + Clone {
+    let n_windows = n_tokens.checked_div(n_ctx).unwrap_or(0);
+    (0..n_windows).map(move |i| i * n_ctx..(i + 1) * n_ctx)
+}
+
+/// Positions of a window whose logits are scored, each against the token after it: the second half without the last.
+pub fn scored(n_ctx: usize) -> Range<usize> {
+    n_ctx / 2..n_ctx.saturating_sub(1)
+}
+
+/// ln of the softmax: `out[i] = logits[i] - ln(sum_j exp(logits[j]))`, in f64 and safe for large logits.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn log_softmax(logits: &[f32], out: &mut [f64]) {
+    assert_eq!(logits.len(), out.len());
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|&l| f64::from(l - max).exp()).sum();
+    let normalizer = f64::from(max) + sum.ln();
+    for (o, &l) in out.iter_mut().zip(logits) {
+        *o = f64::from(l) - normalizer;
+    }
+}
+
+/// A mean and how sure it is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Estimate {
+    /// The estimate itself.
+    pub value: f64,
+    /// One standard deviation of it; NaN for fewer than two samples.
+    pub standard_error: f64,
+}
+
+/// Count, sum and sum of squares: enough for a mean with its standard error.
+#[derive(Clone, Copy, Debug, Default)]
+struct Moments {
+    n: usize,
+    sum: f64,
+    sum_of_squares: f64,
+}
+
+impl Moments {
+    fn add(&mut self, x: f64) {
+        self.n += 1;
+        self.sum += x;
+        self.sum_of_squares += x * x;
+    }
+
+    fn mean(&self) -> Estimate {
+        let n = self.n as f64;
+        let mean = self.sum / n;
+        let variance = (self.sum_of_squares / n - mean * mean).max(0.0);
+        let standard_error = if self.n > 1 { (variance / (n - 1.0)).sqrt() } else { f64::NAN };
+        Estimate { value: mean, standard_error }
+    }
+}
+
+/// Perplexity: the exponential of the mean negative log-likelihood per scored token.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Perplexity(Moments);
+
+impl Perplexity {
+    /// Counts one scored position: log-probabilities over the vocabulary, and the token that really follows.
+    ///
+    /// # Panics
+    /// If `next` is outside the vocabulary.
+    pub fn add(&mut self, log_probs: &[f64], next: u32) {
+        self.0.add(-log_probs[next as usize]);
+    }
+
+    /// Scored tokens so far.
+    pub fn n_scored(&self) -> usize {
+        self.0.n
+    }
+
+    /// The perplexity so far; its error is the first-order one of the mean, exp(m)·σ(m). NaN before the first token.
+    pub fn estimate(&self) -> Estimate {
+        let nll = self.0.mean();
+        let value = nll.value.exp();
+        Estimate { value, standard_error: value * nll.standard_error }
+    }
+}
+
+/// Divergence of a model's predictions from a base model's.
+#[derive(Clone, Debug, Default)]
+pub struct Divergence {
+    kl: Vec<f64>,
+    same_top1: usize,
+}
+
+/// What [`Divergence`] amounts to.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct DivergenceSummary {
+    /// Scored positions.
+    pub n_scored: usize,
+    /// Mean KL divergence in nats.
+    pub mean_kl: Estimate,
+    /// Median KL divergence in nats.
+    pub median_kl: f64,
+    /// 99th percentile in nats.
+    pub p99_kl: f64,
+    /// Largest in nats.
+    pub max_kl: f64,
+    /// Share of positions where both find the same token most likely, 0 to 1.
+    pub same_top1: Estimate,
+}
+
+impl Divergence {
+    /// Counts one position: KL(base ‖ model) = sum_i p_i·(ln p_i - ln q_i) for log-probabilities ln p and ln q.
+    ///
+    /// # Panics
+    /// If the lengths differ.
+    pub fn add(&mut self, base: &[f64], model: &[f64]) {
+        assert_eq!(base.len(), model.len());
+        // A probability of zero on the base side contributes nothing, whatever the model says.
+        let term = |(&p, &q): (&f64, &f64)| if p == f64::NEG_INFINITY { 0.0 } else { p.exp() * (p - q) };
+        self.kl.push(base.iter().zip(model).map(term).sum());
+        self.same_top1 += usize::from(argmax(base) == argmax(model));
+    }
+
+    /// The figures over all positions so far; NaN before the first.
+    pub fn summary(&self) -> DivergenceSummary {
+        let mut moments = Moments::default();
+        self.kl.iter().for_each(|&kl| moments.add(kl));
+        let mut sorted = self.kl.clone();
+        sorted.sort_by(f64::total_cmp);
+        let n = self.kl.len() as f64;
+        let same = self.same_top1 as f64 / n;
+        let same_error = if self.kl.len() > 1 { (same * (1.0 - same) / (n - 1.0)).sqrt() } else { f64::NAN };
+        DivergenceSummary {
+            n_scored: self.kl.len(),
+            mean_kl: moments.mean(),
+            median_kl: percentile(&sorted, 0.5),
+            p99_kl: percentile(&sorted, 0.99),
+            max_kl: sorted.last().copied().unwrap_or(f64::NAN),
+            same_top1: Estimate { value: same, standard_error: same_error },
+        }
+    }
+}
+
+/// Linear interpolation between the two nearest ranks of ascending values.
+fn percentile(sorted: &[f64], fraction: f64) -> f64 {
+    let Some(last) = sorted.len().checked_sub(1) else { return f64::NAN };
+    let rank = fraction * last as f64;
+    let (low, high) = (rank.floor() as usize, rank.ceil() as usize);
+    sorted[low] + (rank - rank.floor()) * (sorted[high] - sorted[low])
+}
+
+/// Index of the largest, the first of equals.
+fn argmax(x: &[f64]) -> usize {
+    x.iter().enumerate().fold(0, |best, (i, &v)| if v > x[best] { i } else { best })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn close(a: f64, b: f64) {
+        assert!((a - b).abs() < 1e-12, "{a} is not {b}");
+    }
+
+    #[test]
+    fn windows_do_not_overlap_and_drop_the_rest() {
+        assert_eq!(windows(1030, 512).collect::<Vec<_>>(), [0..512, 512..1024]);
+        assert_eq!(windows(511, 512).count(), 0);
+        assert_eq!(windows(10, 0).count(), 0);
+    }
+
+    #[test]
+    fn the_second_half_is_scored_without_its_last_token() {
+        assert_eq!(scored(512), 256..511);
+        assert_eq!(scored(512).len(), 255);
+        assert!(scored(0).is_empty());
+    }
+
+    #[test]
+    fn log_softmax_sums_to_one_and_survives_large_logits() {
+        let mut out = [0.0; 3];
+        log_softmax(&[1000.0, 1001.0, 999.0], &mut out);
+        close(out.iter().map(|l| l.exp()).sum(), 1.0);
+        close(out[1] - out[0], 1.0);
+    }
+
+    #[test]
+    fn perplexity_of_a_uniform_model_is_the_vocabulary_size() {
+        let mut p = Perplexity::default();
+        for next in 0..4 {
+            p.add(&[0.25f64.ln(); 4], next);
+        }
+        close(p.estimate().value, 4.0);
+        close(p.estimate().standard_error, 0.0);
+        assert_eq!(p.n_scored(), 4);
+    }
+
+    #[test]
+    fn divergence_by_hand() {
+        let mut d = Divergence::default();
+        let ln = |p: [f64; 2]| p.map(f64::ln);
+        d.add(&ln([0.5, 0.5]), &ln([0.25, 0.75])); // ½ ln 2 + ½ ln ⅔ = ½ ln 4⁄3, another top-1
+        d.add(&ln([1.0, 0.0]), &ln([0.5, 0.5])); // ln 2, and 0·ln 0 = 0
+        let (a, b) = (0.5 * (4.0f64 / 3.0).ln(), 2f64.ln());
+        let s = d.summary();
+        close(s.mean_kl.value, (a + b) / 2.0);
+        close(s.mean_kl.standard_error, (b - a) / 2.0);
+        close(s.median_kl, (a + b) / 2.0);
+        close(s.max_kl, b);
+        close(s.p99_kl, a + 0.99 * (b - a));
+        close(s.same_top1.value, 0.5);
+        assert_eq!(s.n_scored, 2);
+    }
+
+    #[test]
+    fn nothing_scored_is_nan_not_a_panic() {
+        assert!(Divergence::default().summary().mean_kl.value.is_nan());
+        assert!(Divergence::default().summary().max_kl.is_nan());
+        assert!(Perplexity::default().estimate().value.is_nan());
+    }
+}
