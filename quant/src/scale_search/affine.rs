@@ -1,8 +1,8 @@
 //! Codes without sign: `weight = scale * code - min`, codes `0 ..= n_max`.
 
 use super::{
-    Lanes, SIDE_BY_SIDE, TINY, Tile, inverse, limit, mean_square, round, round_f16, single_level_weight,
-    total,
+    Lanes, SIDE_BY_SIDE, STARTS, TINY, Tile, integers, inverse, limit, mean_square, round, round_f16,
+    single_level_weight, start_factor, total,
 };
 
 /// What a search tries.
@@ -27,6 +27,12 @@ pub struct Fit<const L: usize> {
     pub scale: Lanes<L>,
     /// What is subtracted.
     pub min: Lanes<L>,
+}
+
+/// Sums over a sub-block that do not depend on codes.
+struct Totals<const L: usize> {
+    w: Lanes<L>,
+    wx: Lanes<L>,
 }
 
 /// Sums over a sub-block for given codes q.
@@ -76,55 +82,89 @@ impl<const N: usize, const L: usize> Tile<N, L> {
         }
     }
 
-    /// The best scale and offset of each lane on its own: for each candidate scale the codes, for the codes the
-    /// least-squares scale and offset.
+    /// The best scale and offset of each lane on its own: for each candidate scale and offset the codes, for the codes
+    /// the least-squares scale and offset.
     pub fn affine_fit(&self, search: &Search) -> Fit<L> {
-        let Search { n_max, .. } = *search;
-        let (mut lo, mut hi) = (self.x[0], self.x[0]);
-        let (mut sw, mut swx) = ([0.0; L], [0.0; L]);
-        for (x, w) in self.x.iter().zip(&self.w) {
-            for l in 0..L {
-                lo[l] = if x[l] < lo[l] { x[l] } else { lo[l] };
-                hi[l] = if x[l] > hi[l] { x[l] } else { hi[l] };
-                sw[l] += w[l];
-                swx[l] += w[l] * x[l];
-            }
-        }
+        let totals = self.totals();
+        let (mut lo, hi) = self.range();
         if search.min_not_negative {
             lo = lo.map(|v| if v < 0.0 { v } else { 0.0 });
         }
         let range: Lanes<L> = std::array::from_fn(|l| hi[l] - lo[l]);
-        let min: Lanes<L> = lo.map(|v| -v);
-        let mut best = Fit { scale: range.map(|r| if r > TINY { r / n_max } else { 0.0 }), min };
-        let mut best_gain = [f32::NEG_INFINITY; L];
-        for k in 0..search.n + 2 {
-            // The last two rounds start from the best so far instead of from the grid.
-            let (inverse, from) = if k < search.n {
-                let t = n_max + search.first + search.step * k as f32;
-                (range.map(|r| if r > TINY { t / r } else { 0.0 }), min)
-            } else {
-                (inverse(&best.scale), best.min)
-            };
-            let s = self.affine_sums(&inverse, &from, n_max);
-            for l in 0..L {
-                let det = sw[l] * s.wqq[l] - s.wq[l] * s.wq[l];
-                let mut scale = (sw[l] * s.wqx[l] - swx[l] * s.wq[l]) / det;
-                let mut min = (s.wq[l] * s.wqx[l] - s.wqq[l] * swx[l]) / det;
-                if search.min_not_negative && min < 0.0 {
-                    min = 0.0;
-                    scale = s.wqx[l] / s.wqq[l];
-                }
-                // What the fit takes away from the sum of w x^2; NaN where the codes are all equal.
-                let gain = scale * (2.0 * s.wqx[l] - scale * s.wqq[l] + 2.0 * min * s.wq[l])
-                    - min * (2.0 * swx[l] + min * sw[l]);
-                if gain > best_gain[l] && scale > 0.0 {
-                    best_gain[l] = gain;
-                    best.scale[l] = scale;
-                    best.min[l] = min;
-                }
+        let of_range = |t: f32| range.map(|r| if r > TINY { t / r } else { 0.0 });
+        let fit =
+            Fit { scale: range.map(|r| if r > TINY { r / search.n_max } else { 0.0 }), min: lo.map(|v| -v) };
+        let mut best = Best { fit, gain: [f32::NEG_INFINITY; L] };
+        for clipped in CLIPPED {
+            for k in 0..search.n {
+                let inverse = of_range(search.n_max + search.first + search.step * k as f32);
+                let min = std::array::from_fn(|l| {
+                    let min = if inverse[l] > 0.0 { -lo[l] - clipped / inverse[l] } else { -lo[l] };
+                    if search.min_not_negative && min < 0.0 { 0.0 } else { min }
+                });
+                best.offer(&self.affine_sums(&inverse, &min, search.n_max), &totals, search);
             }
         }
-        best
+        for _ in 0..2 {
+            let sums = self.affine_sums(&inverse(&best.fit.scale), &best.fit.min, search.n_max);
+            best.offer(&sums, &totals, search);
+        }
+        best.fit
+    }
+
+    /// Smallest and largest weight of each lane.
+    fn range(&self) -> (Lanes<L>, Lanes<L>) {
+        let (mut lo, mut hi) = (self.x[0], self.x[0]);
+        for x in &self.x {
+            for l in 0..L {
+                lo[l] = if x[l] < lo[l] { x[l] } else { lo[l] };
+                hi[l] = if x[l] > hi[l] { x[l] } else { hi[l] };
+            }
+        }
+        (lo, hi)
+    }
+
+    fn totals(&self) -> Totals<L> {
+        let mut t = Totals { w: [0.0; L], wx: [0.0; L] };
+        for (x, w) in self.x.iter().zip(&self.w) {
+            for l in 0..L {
+                t.w[l] += w[l];
+                t.wx[l] += w[l] * x[l];
+            }
+        }
+        t
+    }
+}
+
+/// How far below code 0 the smallest weight falls, in steps, in the candidates.
+const CLIPPED: [f32; 2] = [0.0, 0.5];
+
+/// The best fit so far and what it takes away from the sum of w x^2.
+struct Best<const L: usize> {
+    fit: Fit<L>,
+    gain: Lanes<L>,
+}
+
+impl<const L: usize> Best<L> {
+    /// Takes the least-squares fit for codes with these sums where it is better.
+    fn offer(&mut self, s: &Sums<L>, t: &Totals<L>, search: &Search) {
+        for l in 0..L {
+            let det = t.w[l] * s.wqq[l] - s.wq[l] * s.wq[l];
+            let mut scale = (t.w[l] * s.wqx[l] - t.wx[l] * s.wq[l]) / det;
+            let mut min = (s.wq[l] * s.wqx[l] - s.wqq[l] * t.wx[l]) / det;
+            if search.min_not_negative && min < 0.0 {
+                min = 0.0;
+                scale = s.wqx[l] / s.wqq[l];
+            }
+            // NaN, which compares false, where the codes are all equal.
+            let gain = scale * (2.0 * s.wqx[l] - scale * s.wqq[l] + 2.0 * min * s.wq[l])
+                - min * (2.0 * t.wx[l] + min * t.w[l]);
+            if gain > self.gain[l] && scale > 0.0 {
+                self.gain[l] = gain;
+                self.fit.scale[l] = scale;
+                self.fit.min[l] = min;
+            }
+        }
     }
 }
 
@@ -152,22 +192,40 @@ impl<const N: usize, const L: usize> Tile<N, L> {
     /// Fits a block whose integer scales and offsets are `0 ..= sub_max`.
     pub fn affine_block(&self, search: &Search, sub_max: f32) -> Block<L> {
         let fit = self.affine_fit(search);
-        let d = round_f16(fit.scale.iter().fold(0.0, |a: f32, &b| if b > a { b } else { a }) / sub_max);
-        let dmin = round_f16(fit.min.iter().fold(0.0, |a: f32, &b| if b > a { b } else { a }) / sub_max);
-        let (id, idmin) = (if d > 0.0 { 1.0 / d } else { 0.0 }, if dmin > 0.0 { 1.0 / dmin } else { 0.0 });
-        let mut block = Block {
-            d,
-            dmin,
-            sc: fit.scale.map(|v| limit(round(v * id), 0.0, sub_max)),
-            m: fit.min.map(|v| limit(round(v * idmin), 0.0, sub_max)),
+        let top = |x: &Lanes<L>| x.iter().fold(0f32, |a, &b| if b > a { b } else { a }) / sub_max;
+        let (d, dmin) = (top(&fit.scale), top(&fit.min));
+        let with_d = |block: Block<L>, d: f32| {
+            let d = round_f16(d);
+            Block { d, sc: integers(&fit.scale, d, 0.0, sub_max), ..block }
         };
+        let with_dmin = |block: Block<L>, dmin: f32| {
+            let dmin = round_f16(dmin);
+            Block { dmin, m: integers(&fit.min, dmin, 0.0, sub_max), ..block }
+        };
+        let zero = Block { d: 0.0, dmin: 0.0, sc: [0.0; L], m: [0.0; L] };
+        let mut block = with_dmin(with_d(zero, d), dmin);
         let mut error = self.affine_error(&block.fit(), search.n_max);
+        for k in 1..STARTS {
+            let factor = start_factor(k, sub_max);
+            for trial in [with_d(block, d * factor), with_dmin(block, dmin * factor)] {
+                self.keep_better(trial, &mut block, &mut error, search.n_max);
+            }
+        }
         for _ in 0..2 {
             self.improve_integers(&mut block, &mut error, search.n_max, sub_max);
             self.improve_d(&mut block, &mut error, search.n_max);
         }
         self.improve_integers(&mut block, &mut error, search.n_max, sub_max);
         block
+    }
+
+    /// Replaces the block if the trial as a whole is better.
+    fn keep_better(&self, trial: Block<L>, block: &mut Block<L>, error: &mut Lanes<L>, n_max: f32) {
+        let e = self.affine_error(&trial.fit(), n_max);
+        if total(&e) < total(error) {
+            *block = trial;
+            *error = e;
+        }
     }
 
     /// Tries the neighbours of each integer scale and offset.
@@ -196,33 +254,22 @@ impl<const N: usize, const L: usize> Tile<N, L> {
     fn improve_d(&self, block: &mut Block<L>, error: &mut Lanes<L>, n_max: f32) {
         let fit = block.fit();
         let s = self.affine_sums(&inverse(&fit.scale), &fit.min, n_max);
+        let t = self.totals();
         let (mut aa, mut ab, mut bb, mut ax, mut bx) = (0.0, 0.0, 0.0, 0.0, 0.0);
-        let (mut sw, mut swx) = ([0.0; L], [0.0; L]);
-        for (x, w) in self.x.iter().zip(&self.w) {
-            for l in 0..L {
-                sw[l] += w[l];
-                swx[l] += w[l] * x[l];
-            }
-        }
         for l in 0..L {
             let (sc, m) = (block.sc[l], block.m[l]);
             aa += sc * sc * s.wqq[l];
             ab += sc * m * s.wq[l];
-            bb += m * m * sw[l];
+            bb += m * m * t.w[l];
             ax += sc * s.wqx[l];
-            bx += m * swx[l];
+            bx += m * t.wx[l];
         }
         let det = aa * bb - ab * ab;
         let (d, dmin) =
             if det > 0.0 { ((ax * bb - ab * bx) / det, (ab * ax - aa * bx) / det) } else { (ax / aa, 0.0) };
         let trial = Block { d: round_f16(d), dmin: round_f16(dmin), ..*block };
-        if !(trial.d > 0.0 && trial.dmin >= 0.0) {
-            return;
-        }
-        let e = self.affine_error(&trial.fit(), n_max);
-        if total(&e) < total(error) {
-            *block = trial;
-            *error = e;
+        if trial.d > 0.0 && trial.dmin >= 0.0 {
+            self.keep_better(trial, block, error, n_max);
         }
     }
 }

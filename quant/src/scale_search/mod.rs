@@ -20,14 +20,16 @@ pub struct Tile<const N: usize, const L: usize> {
     w: [Lanes<L>; N],
 }
 
-/// How much each squared error counts. The kinds are ggml's.
+/// How much each squared error counts.
+///
+/// With an importance matrix the weights are ggml's. Without, ggml takes `|x|` for Q2_K and `x^2` for the signed types,
+/// which is hard on small weights: here the mean of the sub-block is added. The error in ggml's own measure is still
+/// smaller than ggml's, the plain one too, and it is the plain one that the divergence of a model follows.
 #[derive(Clone, Copy)]
 pub enum ErrorWeight<'a> {
-    /// `|x|`
+    /// `|x|` plus the root mean square of the sub-block; ggml's own choice for Q4_K and Q5_K.
     Abs,
-    /// Root mean square of the sub-block plus `|x|`.
-    RmsPlusAbs,
-    /// `x^2`
+    /// `x^2` plus the mean square of the sub-block.
     Square,
     /// `importance * sqrt(sigma2 + x^2)`, importance in row order.
     Importance(&'a [f32], f32),
@@ -40,14 +42,13 @@ impl<const N: usize, const L: usize> Tile<N, L> {
     pub fn new(x: &[f32], weight: ErrorWeight) -> Self {
         let mut tile = Self { x: [[0.0; L]; N], w: [[0.0; L]; N] };
         for (lane, sub) in x.as_chunks::<N>().0.iter().take(L).enumerate() {
-            let sum2: f32 = sub.iter().map(|v| v * v).sum();
-            let rms = (sum2 / N as f32).sqrt();
+            let mean_square = mean_square(sub);
+            let rms = mean_square.sqrt();
             for (i, &v) in sub.iter().enumerate() {
                 tile.x[i][lane] = v;
                 tile.w[i][lane] = match weight {
-                    ErrorWeight::Abs => v.abs(),
-                    ErrorWeight::RmsPlusAbs => rms + v.abs(),
-                    ErrorWeight::Square => v * v,
+                    ErrorWeight::Abs => v.abs() + rms,
+                    ErrorWeight::Square => v * v + mean_square,
                     ErrorWeight::Importance(q, sigma2) => q[lane * N + i] * (sigma2 + v * v).sqrt(),
                     ErrorWeight::ImportanceOnly(q) => q[lane * N + i],
                 };
@@ -71,10 +72,25 @@ pub fn limit(x: f32, lo: f32, hi: f32) -> f32 {
     if x > lo { x } else { lo }
 }
 
+/// How many scales of the scales are tried: the one that maps the largest to the largest integer, and further ones that
+/// map it to half an integer less each. They round all the other scales differently.
+const STARTS: usize = 9;
+
+/// Factor on the first scale of scales for start `k`, where the largest integer is `top`.
+fn start_factor(k: usize, top: f32) -> f32 {
+    1.0 + 0.5 * k as f32 / top
+}
+
 /// `1 / x`, or 0 where a scale is 0.
 #[inline(always)]
 fn inverse<const L: usize>(x: &Lanes<L>) -> Lanes<L> {
     x.map(|v| if v != 0.0 { 1.0 / v } else { 0.0 })
+}
+
+/// Each `x / d` as an integer in `lo..=hi`.
+fn integers<const L: usize>(x: &Lanes<L>, d: f32, lo: f32, hi: f32) -> Lanes<L> {
+    let [inverse] = inverse(&[d]);
+    x.map(|v| limit(round(v * inverse), lo, hi))
 }
 
 /// Sum over the lanes, in lane order.

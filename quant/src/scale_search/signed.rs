@@ -2,8 +2,8 @@
 
 use super::grid::Grid;
 use super::{
-    Lanes, SIDE_BY_SIDE, TINY, Tile, inverse, limit, mean_square, round, round_f16, single_level_weight,
-    total,
+    Lanes, SIDE_BY_SIDE, STARTS, TINY, Tile, integers, inverse, limit, mean_square, round_f16,
+    single_level_weight, start_factor, total,
 };
 
 /// What a search tries: the largest weight of a sub-block falls on `edge + step * k`, k in `-n ..= n`, where `edge` is
@@ -108,10 +108,16 @@ impl<const N: usize, const L: usize> Tile<N, L> {
     pub fn signed_block<G: Grid>(&self, search: &Search, sub_half: f32) -> Block<L> {
         let fit = self.signed_fit::<G>(search);
         let peak = fit.iter().fold(0f32, |a, &b| if b.abs() > a.abs() { b } else { a });
-        let d = round_f16(peak / -sub_half);
-        let id = if d != 0.0 { 1.0 / d } else { 0.0 };
-        let mut block = Block { d, sc: fit.map(|v| limit(round(v * id), -sub_half, sub_half - 1.0)) };
+        let with_d = |d: f32| {
+            let d = round_f16(d);
+            Block { d, sc: integers(&fit, d, -sub_half, sub_half - 1.0) }
+        };
+        let mut block = with_d(peak / -sub_half);
         let mut error = self.signed_error::<G>(&block.scales());
+        for k in 1..STARTS {
+            let trial = with_d(peak / -sub_half * start_factor(k, sub_half));
+            self.keep_better_signed::<G>(trial, &mut block, &mut error);
+        }
         for _ in 0..2 {
             self.improve_signed_integers::<G>(&mut block, &mut error, sub_half);
             let (wgx, wgg) = self.signed_sums::<G>(&inverse(&block.scales()));
@@ -121,14 +127,19 @@ impl<const N: usize, const L: usize> Tile<N, L> {
                 den += block.sc[l] * block.sc[l] * wgg[l];
             }
             let trial = Block { d: round_f16(num / den), ..block };
-            let e = self.signed_error::<G>(&trial.scales());
-            if total(&e) < total(&error) {
-                block = trial;
-                error = e;
-            }
+            self.keep_better_signed::<G>(trial, &mut block, &mut error);
         }
         self.improve_signed_integers::<G>(&mut block, &mut error, sub_half);
         block
+    }
+
+    /// Replaces the block if the trial as a whole is better.
+    fn keep_better_signed<G: Grid>(&self, trial: Block<L>, block: &mut Block<L>, error: &mut Lanes<L>) {
+        let e = self.signed_error::<G>(&trial.scales());
+        if total(&e) < total(error) {
+            *block = trial;
+            *error = e;
+        }
     }
 
     /// Tries the neighbours of each integer scale.
