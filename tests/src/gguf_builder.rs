@@ -212,6 +212,12 @@ impl GgufBuilder {
     }
 }
 
+impl From<GgufBuilder> for Vec<u8> {
+    fn from(file: GgufBuilder) -> Self {
+        file.bytes()
+    }
+}
+
 /// A complete model of architecture `mamba` with these hyperparameters, all F32.
 pub fn model(h: &HyperParams) -> GgufBuilder {
     let size = |x: usize| Raw::u32(x as u32);

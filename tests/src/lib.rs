@@ -1,6 +1,9 @@
 //! The readable reference model and helpers for the tests in `tests/`.
 
+pub mod alloc_count;
+pub mod gguf_builder;
 pub mod goldens;
 pub mod npy;
 pub mod random_model;
 pub mod reference;
+pub mod temp_dir;

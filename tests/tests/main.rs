@@ -2,4 +2,10 @@
 #![allow(missing_docs)]
 
 mod forward;
+mod gguf_files;
+mod gguf_malformed;
 mod reference;
+
+/// Counts, so that the readers' tests can bound what a file makes them allocate.
+#[global_allocator]
+static ALLOCATOR: kestrel_tests::alloc_count::CountingAllocator = kestrel_tests::alloc_count::CountingAllocator;
