@@ -10,6 +10,7 @@ pub mod checkpoint;
 pub mod error;
 pub mod ggml_type;
 pub mod gguf;
+pub mod imatrix;
 mod json;
 pub mod limits;
 pub mod map;

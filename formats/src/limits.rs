@@ -48,3 +48,5 @@ pub const D_STATE_MAX: u64 = 1024;
 pub const D_CONV_MAX: u64 = 64;
 /// Safetensors files of one checkpoint; each stays open.
 pub const SHARDS_MAX: u64 = 512;
+/// Bytes of an importance matrix. That of a 70B model has 100 MB; ours have about 10.
+pub const IMATRIX_BYTES_MAX: u64 = 1 << 30;

@@ -1,0 +1,137 @@
+//! Numbers on their way from one tensor into another, a few rows at a time.
+
+use crate::input::{Input, InputTensor, row_bytes};
+use crate::stream::Piece;
+use kestrel_formats::arch::Transform;
+use kestrel_formats::{Error, ErrorKind, GgmlType, Result};
+use kestrel_quant::{codec, transform};
+
+/// Weights of one piece, and so what bounds memory: a worker holds a piece's source bytes and its output bytes.
+const PIECE_WEIGHTS: u64 = 1 << 18;
+/// Weights expanded to f32 at a time; these fit a core's cache together with their bytes.
+const STEP_WEIGHTS: usize = 1 << 14;
+
+/// Cuts tensors into pieces, in the order of the files.
+pub(crate) fn pieces(tensors: &[InputTensor]) -> Vec<Piece> {
+    let mut out = Vec::new();
+    for (i, t) in tensors.iter().enumerate() {
+        let rows = t.shape.iter().rev().skip(1).product::<u64>();
+        let step = (PIECE_WEIGHTS / t.cols().max(1)).max(1);
+        for first_row in (0..rows).step_by(step as usize) {
+            let n = step.min(rows - first_row);
+            out.push(Piece {
+                tensor: i,
+                first_row,
+                rows: n,
+                file: t.place.file,
+                offset: t.place.offset + first_row * t.row_bytes(),
+                n_bytes: (n * t.row_bytes()) as usize,
+            });
+        }
+    }
+    out.sort_unstable_by_key(|p| (p.file, p.offset));
+    out
+}
+
+/// A tensor's source as f32, transformed and checked, some whole rows at a time.
+pub(crate) struct Rows<'a> {
+    pub input: &'a Input,
+    pub tensor: &'a InputTensor,
+    pub piece: &'a Piece,
+    pub bytes: &'a [u8],
+}
+
+impl Rows<'_> {
+    /// Calls `f` with the index of the first weight in the piece, the source bytes and the f32 weights of successive
+    /// groups of rows; `row_by_row` makes each group one row.
+    pub(crate) fn for_each(
+        &self,
+        floats: &mut Vec<f32>,
+        row_by_row: bool,
+        mut f: impl FnMut(usize, &[u8], &[f32]) -> Result<()>,
+    ) -> Result<()> {
+        let cols = self.tensor.cols() as usize;
+        let rows = if row_by_row { 1 } else { (STEP_WEIGHTS / cols.max(1)).max(1) };
+        let step_bytes = rows * self.tensor.row_bytes() as usize;
+        for (i, bytes) in self.bytes.chunks(step_bytes.max(1)).enumerate() {
+            let first = i * rows * cols;
+            floats.resize(bytes.len() / self.tensor.dtype.block_bytes() * self.tensor.dtype.block_len(), 0.0);
+            transform::to_f32(self.tensor.dtype, bytes, floats);
+            if transform::apply(self.tensor.transform, &self.input.h, floats).is_err() {
+                return Err(self.not_finite(first, bytes, floats));
+            }
+            f(first, bytes, floats)?;
+        }
+        Ok(())
+    }
+
+    /// Names the first culprit: the transform leaves NaN and infinite numbers as such, and may make some.
+    fn not_finite(&self, first: usize, bytes: &[u8], floats: &[f32]) -> Error {
+        let i = floats.iter().position(|x| !x.is_finite()).unwrap_or(0);
+        let mut source = vec![0.0; floats.len()];
+        transform::to_f32(self.tensor.dtype, bytes, &mut source);
+        let found = source.get(i).copied().unwrap_or(f32::NAN);
+        let expected = match self.tensor.transform {
+            Transform::NegExp if found.is_finite() => "A_log of at most 88.7, whose exp is finite in f32",
+            _ => "a finite number",
+        };
+        self.error(ErrorKind::NotFinite, first + i).expected(expected).found(found)
+    }
+
+    /// An error about weight `i` of the piece.
+    fn error(&self, kind: ErrorKind, i: usize) -> Error {
+        let (cols, dtype) = (self.tensor.cols(), self.tensor.dtype);
+        let (row, col) = (self.piece.first_row + i as u64 / cols, i as u64 % cols);
+        let block = (i / dtype.block_len() * dtype.block_bytes()) as u64;
+        Error::new(kind)
+            .file(&self.input.files[self.piece.file].path)
+            .at(self.piece.offset + block)
+            .what(format!("tensor \"{}\", row {row}, column {col}", self.tensor.source_name))
+    }
+
+    /// Quantizes the piece into `out`. Numbers that `dtype` cannot hold are an error.
+    pub(crate) fn quantize(
+        &self,
+        floats: &mut Vec<f32>,
+        importance: Option<&[f32]>,
+        dtype: GgmlType,
+        out: &mut Vec<u8>,
+    ) -> Result<()> {
+        let row_out = row_bytes(dtype, self.tensor.cols()) as usize;
+        out.clear();
+        out.resize(self.piece.rows as usize * row_out, 0);
+        // A tensor that keeps its type keeps its bytes: quantizing twice would only lose.
+        let copy = dtype == self.tensor.dtype && self.tensor.transform == Transform::None;
+        let codec = codec(dtype);
+        let mut rest = out.as_mut_slice();
+        self.for_each(floats, importance.is_some(), |first, bytes, floats| {
+            let n = floats.len() / dtype.block_len() * dtype.block_bytes();
+            let (dst, tail) = std::mem::take(&mut rest).split_at_mut(n);
+            rest = tail;
+            if copy {
+                dst.copy_from_slice(bytes);
+                return Ok(());
+            }
+            codec.quantize(floats, importance, dst);
+            self.check_range(first, floats, dtype, dst)
+        })
+    }
+
+    /// Scales are f16, and so are the numbers of an F16 file: far beyond its range they become infinite.
+    fn check_range(&self, first: usize, floats: &[f32], dtype: GgmlType, stored: &[u8]) -> Result<()> {
+        let f16_max = half::f16::MAX.to_f32();
+        if dtype == GgmlType::F32 || floats.iter().fold(0f32, |m, x| m.max(x.abs())) < f16_max {
+            return Ok(());
+        }
+        let mut back = vec![0.0; floats.len()];
+        codec(dtype).dequantize(stored, &mut back);
+        match back.iter().position(|x| !x.is_finite()) {
+            None => Ok(()),
+            Some(i) => Err(self
+                .error(ErrorKind::OutOfRange, first + i)
+                .expected(format!("numbers that {dtype} can hold"))
+                .found(floats.get(i).map(f32::to_string).unwrap_or_default())
+                .hint("bf16 and f32 hold larger numbers")),
+        }
+    }
+}

@@ -1,0 +1,191 @@
+//! The conversion itself: one pass over the source, and a second look at what was written.
+
+use crate::input::{InputFile, row_bytes};
+use crate::metadata::{SOURCE_SHA256, source_sha256};
+use crate::plan::{Options, Plan, declarations, importance};
+use crate::progress::{Phase, Progress};
+use crate::rows::{Rows, pieces};
+use crate::stream::{Piece, Streaming, check_cancel, stream};
+use kestrel_formats::atomic_file::{AtomicFile, same_file};
+use kestrel_formats::gguf::{Gguf, layout};
+use kestrel_formats::map::Map;
+use kestrel_formats::{Error, ErrorKind, Result};
+use std::collections::hash_map::DefaultHasher;
+use std::hash::Hasher;
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
+
+/// What a finished conversion did.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// Bytes of the output.
+    pub file_bytes: u64,
+    /// Bytes of the source's files.
+    pub source_bytes: u64,
+    /// Name and SHA-256 of each file of the source.
+    pub source_sha256: Vec<(String, String)>,
+    /// Reading, quantizing and writing.
+    pub convert_time: Duration,
+    /// Forcing the output to disk and reading it back.
+    pub check_time: Duration,
+}
+
+/// What was written where, so that it can be found again.
+#[derive(Clone, Copy, Debug)]
+struct Written {
+    piece: Piece,
+    hash: u64,
+}
+
+/// Converts as planned. `out` appears complete, on disk and read back, or not at all; see
+/// [`kestrel_formats::atomic_file`].
+///
+/// Errors: `OutputExists`, `Usage` if the output is one of the source's files, `NotFinite` and `OutOfRange` with the
+/// place of the number, `Changed` if a source file was modified meanwhile, `Io`, `Interrupted` once `cancel` is set.
+pub fn run(
+    plan: &Plan,
+    options: &Options,
+    out: &Path,
+    progress: &dyn Progress,
+    cancel: &AtomicBool,
+) -> Result<Report> {
+    let started = Instant::now();
+    if plan.input.files.iter().any(|f| same_file(&f.path, out)) {
+        return Err(Error::new(ErrorKind::Usage)
+            .file(out)
+            .what("output")
+            .expected("another file than the source")
+            .found("a file of the source"));
+    }
+    let file = AtomicFile::create(out, plan.file_bytes, options.force)?;
+    progress.phase(Phase::Convert, plan.source_bytes, plan.file_bytes);
+    let pieces = pieces(&plan.input.tensors);
+    let job = Streaming {
+        files: &plan.input.files,
+        pieces: &pieces,
+        threads: options.threads,
+        sha256: true,
+        cancel,
+    };
+    let streamed = stream(job, Scratch::default, |scratch, piece, bytes| {
+        convert_piece(plan, options, &file, scratch, piece, bytes, progress)
+    })?;
+    plan.input.files.iter().try_for_each(InputFile::check_unchanged)?;
+    let header = write_rest(plan, &file, &streamed.sha256)?;
+    let converted = Instant::now();
+
+    progress.phase(Phase::Check, plan.file_bytes, 0);
+    file.commit(|temp| check_written(plan, options, temp, &header, streamed.results, progress, cancel))?;
+    let names = plan.input.files.iter().map(InputFile::name);
+    Ok(Report {
+        file_bytes: plan.file_bytes,
+        source_bytes: plan.source_bytes,
+        source_sha256: names.zip(streamed.sha256).collect(),
+        convert_time: converted - started,
+        check_time: converted.elapsed(),
+    })
+}
+
+/// What a worker keeps between pieces.
+#[derive(Default)]
+struct Scratch {
+    floats: Vec<f32>,
+    out: Vec<u8>,
+}
+
+fn convert_piece(
+    plan: &Plan,
+    options: &Options,
+    file: &AtomicFile,
+    scratch: &mut Scratch,
+    piece: &Piece,
+    bytes: &[u8],
+    progress: &dyn Progress,
+) -> Result<Written> {
+    let (target, tensor) = (&plan.tensors[piece.tensor], &plan.input.tensors[piece.tensor]);
+    if piece.first_row == 0 {
+        progress.tensor(&target.name);
+    }
+    let importance = if target.weighted { importance(options, &target.name, tensor.cols())? } else { None };
+    let rows = Rows { input: &plan.input, tensor, piece, bytes };
+    rows.quantize(&mut scratch.floats, importance, target.dtype, &mut scratch.out)?;
+    let offset = target.offset + piece.first_row * row_bytes(target.dtype, tensor.cols());
+    file.write_at(offset, &scratch.out)?;
+    progress.bytes(piece.n_bytes as u64, scratch.out.len() as u64);
+    let piece = Piece { file: 0, offset, n_bytes: scratch.out.len(), ..*piece };
+    Ok(Written { piece, hash: hash(&scratch.out) })
+}
+
+/// Writes the padding behind each tensor and, now that the source's digests are known, the header.
+fn write_rest(plan: &Plan, file: &AtomicFile, digests: &[String]) -> Result<Vec<u8>> {
+    let mut metadata = plan.metadata.clone();
+    if let Some((_, value)) = metadata.iter_mut().find(|(key, _)| key == SOURCE_SHA256) {
+        *value = source_sha256(&plan.input, digests);
+    }
+    let layout = layout(&metadata, &declarations(&plan.tensors))?;
+    let ends = plan.tensors.iter().map(|t| t.offset + t.n_bytes);
+    let nexts = plan.tensors.iter().skip(1).map(|t| t.offset).chain([plan.file_bytes]);
+    for (end, next) in ends.zip(nexts) {
+        file.write_at(end, &vec![0; (next - end) as usize])?;
+    }
+    file.write_at(0, &layout.header)?;
+    Ok(layout.header)
+}
+
+/// Reads the output back and compares it with what was meant to be written: the header byte by byte, the tensors
+/// piece by piece.
+fn check_written(
+    plan: &Plan,
+    options: &Options,
+    temp: &Path,
+    header: &[u8],
+    mut written: Vec<Written>,
+    progress: &dyn Progress,
+    cancel: &AtomicBool,
+) -> Result<()> {
+    check_cancel(cancel)?;
+    let damaged = |what: String| {
+        Error::new(ErrorKind::Io)
+            .what(what)
+            .expected("the bytes that were written")
+            .found("others, when read back")
+            .hint("the disk or the memory is faulty; nothing was kept")
+    };
+    let map = Map::open(temp)?;
+    if map.len() as u64 != plan.file_bytes || map.get(..header.len()) != Some(header) {
+        return Err(damaged("header of the output".to_owned()));
+    }
+    let read = Gguf::parse(map)?;
+    let same = |(t, p): (&kestrel_formats::gguf::TensorInfo, &crate::PlannedTensor)| {
+        (&t.name, t.dtype, &t.shape, t.offset, t.n_bytes) == (&p.name, p.dtype, &p.shape, p.offset, p.n_bytes)
+    };
+    if read.tensors().len() != plan.tensors.len() || !read.tensors().iter().zip(&plan.tensors).all(same) {
+        return Err(damaged("tensor table of the output".to_owned()));
+    }
+    written.sort_unstable_by_key(|w| w.piece.offset);
+    let (pieces, hashes): (Vec<Piece>, Vec<u64>) = written.into_iter().map(|w| (w.piece, w.hash)).unzip();
+    let files = [InputFile::new(temp)?];
+    let job = Streaming { files: &files, pieces: &pieces, threads: options.threads, sha256: false, cancel };
+    let found = stream(
+        job,
+        || (),
+        |(), piece, bytes| {
+            progress.bytes(bytes.len() as u64, 0);
+            Ok((piece.tensor, hash(bytes)))
+        },
+    )?;
+    match found.results.iter().zip(&hashes).find(|((_, found), hash)| found != *hash) {
+        None => Ok(()),
+        Some(((tensor, _), _)) => {
+            Err(damaged(format!("tensor \"{}\" of the output", plan.tensors[*tensor].name)))
+        }
+    }
+}
+
+/// Recognises accidental damage. Nothing outside this run sees the value.
+fn hash(bytes: &[u8]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    hasher.write(bytes);
+    hasher.finish()
+}
