@@ -163,6 +163,9 @@ impl<'de> Visitor<'de> for Strict<'_> {
         let inner = self.deeper()?;
         let mut out = Map::new();
         while let Some(key) = map.next_key::<String>()? {
+            if key == NUMBER_KEY && out.is_empty() {
+                return number(&map.next_value::<String>()?);
+            }
             if out.contains_key(&key) {
                 return Err(self.fault.raise(duplicate_key(&key)));
             }
@@ -171,6 +174,21 @@ impl<'de> Visitor<'de> for Strict<'_> {
         }
         Ok(Value::Object(out))
     }
+}
+
+/// serde_json hands every number out as a map with this one key when another crate of the same build switches its
+/// `arbitrary_precision` on (gguf-rs does, which the tests use).
+const NUMBER_KEY: &str = "$serde_json::private::Number";
+
+/// The number that `text` is.
+fn number<E: de::Error>(text: &str) -> std::result::Result<Value, E> {
+    if let Ok(x) = text.parse::<u64>() {
+        return Ok(Value::from(x));
+    }
+    if let Ok(x) = text.parse::<i64>() {
+        return Ok(Value::from(x));
+    }
+    text.parse::<f64>().map(Value::from).map_err(|_| E::custom("not a number"))
 }
 
 /// The error for a key that stands twice in one object.
