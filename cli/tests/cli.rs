@@ -1,0 +1,489 @@
+//! The binary as users and scripts meet it: child processes, their exit status, stdout and stderr.
+
+use serde_json::Value as Json;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+const COMMANDS: [&str; 10] =
+    ["demo", "convert", "quantize", "inspect", "run", "logits", "tokenize", "bench", "perplexity", "verify"];
+
+fn tiny() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/tiny-falcon-mamba")
+}
+
+/// A folder of a test's own, removed at its end.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(test: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("kestrel-cli-{test}-{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&path);
+        std::fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    /// Names in the folder, hidden ones included.
+    fn names(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(&self.0).unwrap();
+        let mut names: Vec<_> = entries.map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    /// The tiny model as a GGUF of this type.
+    fn convert(&self, ty: &str) -> PathBuf {
+        let out = self.path(&format!("{ty}.gguf"));
+        ok(kestrel(args!["convert", tiny(), "-o", out, "--type", ty]));
+        out
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A list of arguments of different string types.
+macro_rules! args {
+    ($($arg:expr),* $(,)?) => { vec![$(AsRef::<OsStr>::as_ref(&$arg).to_owned()),*] };
+}
+use args;
+
+fn command<S: AsRef<OsStr>>(args: Vec<S>) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_kestrel"));
+    command.args(args).stdin(Stdio::null()).env_remove("KESTREL_ISA");
+    command
+}
+
+fn kestrel<S: AsRef<OsStr>>(args: Vec<S>) -> Output {
+    command(args).output().unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8(output.stderr.clone()).unwrap()
+}
+
+/// stdout of a run that has to succeed and, stderr being no terminal, to be quiet.
+#[track_caller]
+fn ok(output: Output) -> String {
+    assert_eq!(output.status.code(), Some(0), "{}", stderr(&output));
+    assert_eq!(stderr(&output), "");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// The one JSON object on stderr of a run that has to fail, with nothing on stdout and the status it names.
+#[track_caller]
+fn error(mut args: Vec<std::ffi::OsString>) -> Json {
+    args.extend(args!["--error-format", "json"]);
+    let shown = format!("{args:?}");
+    check_error(kestrel(args), &shown)
+}
+
+#[track_caller]
+fn check_error(output: Output, shown: &str) -> Json {
+    assert!(output.stdout.is_empty(), "{shown}: something on stdout");
+    let text = stderr(&output);
+    assert_eq!(text.lines().count(), 1, "{shown}: {text}");
+    let json: Json = serde_json::from_str(&text).unwrap_or_else(|e| panic!("{shown}: {e}: {text}"));
+    assert_eq!(output.status.code().map(i64::from), json["exit_status"].as_i64(), "{shown}: {text}");
+    json
+}
+
+#[test]
+fn every_help_has_an_example() {
+    for name in COMMANDS {
+        let help = ok(kestrel(args![name, "--help"]));
+        assert!(help.contains("Example:\n  "), "{name}: {help}");
+        assert!(help.contains(&format!("kestrel {name}")), "{name}: the example is of another command");
+    }
+    let top = ok(kestrel(args!["--help"]));
+    assert!(top.contains("Example:"));
+    for name in COMMANDS {
+        assert!(top.contains(&format!("\n  {name} ")), "{name} is not listed");
+    }
+    assert_eq!(ok(kestrel(args!["--version"])), format!("kestrel {}\n", env!("CARGO_PKG_VERSION")));
+}
+
+#[test]
+fn misuse_of_arguments_is_a_usage_error() {
+    let t = tiny();
+    let cases = [
+        args![],
+        args!["frobnicate"],
+        args!["convert"],
+        args!["convert", t, "--type", "q4_k_m"],
+        args!["convert", t, "-o", "x.gguf"],
+        args!["convert", t, "-o", "x.gguf", "--type", "q9_x"],
+        args!["convert", t, "--dry-run", "--type", "q4_k_m", "--tensor-type", "ssm_x"],
+        args!["convert", t, "--dry-run", "--type", "q4_k_m", "--tensor-type", "ssm_x=q9"],
+        args!["convert", t, "--dry-run", "--type", "q4_k_m", "--tensor-type", "(=q8_0"],
+        args!["convert", t, "--dry-run", "--type", "q4_k_m", "--tensor-type", "=q8_0"],
+        args!["convert", t, "--dry-run", "--type", "q4_k_m", "--threads", "0"],
+        args!["convert", t, "-o", "/", "--type", "q4_k_m"],
+        args!["run", t],
+        args!["run", t, "-p", "a", "-f", "b"],
+        args!["run", t, "-p", ""],
+        args!["run", t, "-p", "a", "-n", "-1"],
+        args!["run", t, "-p", "a", "-n", "many"],
+        args!["run", t, "-p", "a", "-n", "4294967296"],
+        args!["run", t, "-p", "a", "--temp", "-1"],
+        args!["run", t, "-p", "a", "--temp", "nan"],
+        args!["run", t, "-p", "a", "--top-p", "1.5"],
+        args!["run", t, "-p", "a", "--min-p", "inf"],
+        args!["run", t, "-p", "a", "--repeat-penalty", "0"],
+        args!["run", t, "-p", "a", "--seed", "-3"],
+        args!["run", t, "-p", "a", "--stop", ""],
+        args!["run", t, "-p", "a", "--load-in-4bit", "--load-in-8bit"],
+        args!["run", t, "-p", "a", "--force"],
+        args!["logits", t, "--tokens", "", "-o", "x.npy"],
+        args!["logits", t, "--tokens", "1,x", "-o", "x.npy"],
+        args!["tokenize", t],
+        args!["perplexity", t, "-f", "x", "--ctx", "1"],
+        args!["perplexity", t, "-f", "x", "--chunks", "0"],
+        args!["perplexity", t, "-f", "x", "--kl-base", "a", "--save-kl-base", "b"],
+        args!["bench", t, "-r", "0"],
+    ];
+    for args in cases {
+        let shown = format!("{args:?}");
+        let json = error(args);
+        assert_eq!(
+            (json["kind"].as_str(), json["exit_status"].as_i64()),
+            (Some("Usage"), Some(2)),
+            "{shown}"
+        );
+    }
+}
+
+#[test]
+fn an_unknown_type_is_answered_with_the_types() {
+    let output = kestrel(args!["convert", tiny(), "--dry-run", "--type", "q4_k_x"]);
+    assert_eq!(output.status.code(), Some(2));
+    let text = stderr(&output);
+    assert!(["f32", "bf16", "q4_k_m", "iq4_xs"].iter().all(|ty| text.contains(ty)), "{text}");
+}
+
+#[test]
+fn what_is_no_model_is_named() {
+    let folder = Folder::new("no-model");
+    let (text, empty, truncated) =
+        (folder.path("text.gguf"), folder.path("empty.gguf"), folder.path("cut.gguf"));
+    std::fs::write(&text, "just some text, long enough for a header").unwrap();
+    std::fs::write(&empty, "").unwrap();
+    std::fs::write(&truncated, b"GGUF\x03\0\0\0\x01\0\0\0").unwrap();
+    let missing = folder.path("missing.gguf");
+    let cases = [
+        (&missing, "Missing"),
+        (&folder.0, "Missing"),
+        (&text, "BadMagic"),
+        (&empty, "Truncated"),
+        (&truncated, "Truncated"),
+        (&PathBuf::from("/dev/zero"), "NotRegularFile"),
+    ];
+    for (path, kind) in cases {
+        let commands = [
+            args!["inspect", path],
+            args!["run", path, "-p", "a"],
+            args!["tokenize", path, "-p", "a"],
+            args!["logits", path, "--tokens", "1", "-o", folder.path("x.npy")],
+            args!["bench", path],
+            args!["convert", path, "-o", folder.path("x.gguf"), "--type", "q8_0"],
+            args!["quantize", path, "-o", folder.path("x.gguf"), "--type", "q8_0"],
+            args!["verify", path, "--source", tiny()],
+            args!["verify", path, "--source", path],
+            args!["demo", "--model", path],
+        ];
+        for args in commands {
+            let shown = format!("{args:?}");
+            let json = error(args);
+            assert_eq!(json["kind"], kind, "{shown}: {json}");
+            assert_eq!(json["file"].as_str().map(Path::new), Some(path.as_path()), "{shown}: {json}");
+        }
+    }
+    assert_eq!(folder.names(), ["cut.gguf", "empty.gguf", "text.gguf"]);
+}
+
+#[test]
+fn the_usual_mixups_get_a_hint() {
+    let folder = Folder::new("hints");
+    let gguf = folder.convert("q8_0");
+    let out = folder.path("out.gguf");
+    let cases = [
+        (args!["inspect", "tiiuae/falcon-mamba-7b"], "hf download tiiuae/falcon-mamba-7b"),
+        (args!["run", folder.0, "-p", "a"], "q8_0.gguf"),
+        (args!["convert", gguf, "-o", out, "--type", "q4_0"], "kestrel quantize"),
+        (args!["quantize", tiny(), "-o", out, "--type", "q4_0"], "kestrel convert"),
+        (args!["run", gguf, "-p", "a", "--load-in-4bit"], "kestrel quantize"),
+        (args!["convert", tiny(), "-o", gguf, "--type", "q4_0"], "--force"),
+        (args!["verify", tiny(), "--source", tiny()], "--source"),
+    ];
+    for (args, hint) in cases {
+        let shown = format!("{args:?}");
+        let json = error(args);
+        assert!(json["hint"].as_str().unwrap_or_default().contains(hint), "{shown}: {json}");
+    }
+    assert_eq!(folder.names(), ["q8_0.gguf"]);
+}
+
+#[test]
+fn an_unknown_instruction_set_is_an_error() {
+    for name in ["sse9", "AVX2", ""] {
+        let args = args!["run", tiny(), "-p", "a", "-n", "1", "--error-format", "json"];
+        let output = command(args).env("KESTREL_ISA", name).output().unwrap();
+        let json = check_error(output, name);
+        assert_eq!(
+            (json["kind"].as_str(), json["what"].as_str()),
+            (Some("Usage"), Some("KESTREL_ISA")),
+            "{json}"
+        );
+    }
+}
+
+#[test]
+fn convert_inspect_verify_run_logits_and_tokenize_work_together() {
+    let folder = Folder::new("path");
+    let gguf = folder.path("tiny.gguf");
+    assert_eq!(
+        ok(kestrel(args!["convert", tiny(), "-o", gguf, "--type", "Q4_K_M"])),
+        "",
+        "the result is the file"
+    );
+
+    let inspected: Json = serde_json::from_str(&ok(kestrel(args!["inspect", gguf, "--json"]))).unwrap();
+    assert_eq!(inspected["metadata"]["general.architecture"], "mamba");
+    assert_eq!(inspected["tensors"].as_array().unwrap().len(), 63);
+    assert_eq!(inspected["totals"]["Q6_K"]["n_tensors"], 1);
+    assert_eq!(inspected["file_bytes"], std::fs::metadata(&gguf).unwrap().len());
+    let text = ok(kestrel(args!["inspect", gguf]));
+    assert!(text.contains("blk.5.ssm_out.weight") && text.contains("bits per weight"), "{text}");
+    assert!(ok(kestrel(args!["inspect", tiny()])).contains("backbone.layers.0.mixer.A_log"));
+
+    let verified: Json =
+        serde_json::from_str(&ok(kestrel(args!["verify", gguf, "--source", tiny(), "--json"]))).unwrap();
+    assert_eq!(verified["ok"], true);
+    assert_eq!(verified["tensors"].as_array().unwrap().len(), 63);
+
+    let run = |extra: &[&str]| {
+        let mut args = args!["run", gguf, "-p", "It was the", "-n", "12", "--seed", "5"];
+        args.extend(extra.iter().map(|a| a.into()));
+        ok(kestrel(args))
+    };
+    let drawn = run(&[]);
+    assert!(!drawn.is_empty());
+    assert_eq!(drawn, run(&[]), "one seed, one text");
+    assert_eq!(run(&["--echo"]), format!("It was the{drawn}"));
+    assert_eq!(run(&["-n", "0"]), "");
+    let first = drawn.chars().nth(3).unwrap().to_string();
+    assert_eq!(run(&["--stop", &first]), drawn.split(&first).next().unwrap());
+
+    let ids = ok(kestrel(args!["tokenize", gguf, "-p", "It was the"]));
+    let parsed: Vec<u32> = serde_json::from_str(&ids).unwrap();
+    assert!(!parsed.is_empty());
+    assert_eq!(ids, ok(kestrel(args!["tokenize", tiny(), "-p", "It was the", "--json"])), "the folder's ids");
+
+    let npy = folder.path("l.npy");
+    assert_eq!(ok(kestrel(args!["logits", gguf, "--tokens", ids.trim(), "-o", npy])), "");
+    let bytes = std::fs::read(&npy).unwrap();
+    assert_eq!(bytes.len(), 128 + 4 * 4096 * parsed.len());
+    let last = bytes[bytes.len() - 4 * 4096..].chunks_exact(4);
+    let last: Vec<f32> = last.map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+    let best = (0..last.len()).max_by(|&a, &b| last[a].total_cmp(&last[b])).unwrap();
+    let greedy = run(&["--temp", "0", "-n", "1"]);
+    let with_greedy = ok(kestrel(args!["tokenize", gguf, "-p", format!("It was the{greedy}")]));
+    assert_eq!(serde_json::from_str::<Vec<usize>>(&with_greedy).unwrap().last(), Some(&best));
+    assert_eq!(folder.names(), ["l.npy", "tiny.gguf"]);
+}
+
+#[test]
+fn an_existing_output_stays_unless_forced() {
+    let folder = Folder::new("force");
+    let out = folder.path("out");
+    let text = folder.path("text");
+    std::fs::write(&text, "It was the best of times, it was the worst of times, it was the age.".repeat(4))
+        .unwrap();
+    let commands = [
+        args!["convert", tiny(), "-o", out, "--type", "q8_0"],
+        args!["logits", tiny(), "--tokens", "1", "-o", out],
+        args!["run", tiny(), "-p", "a", "-n", "1", "--save-state", out],
+        args!["perplexity", tiny(), "-f", text, "--ctx", "16", "--chunks", "1", "--save-kl-base", out],
+    ];
+    for mut args in commands {
+        std::fs::write(&out, "precious").unwrap();
+        let json = error(args.clone());
+        assert_eq!(json["kind"], "OutputExists", "{args:?}");
+        assert_eq!(std::fs::read(&out).unwrap(), b"precious");
+        args.push("--force".into());
+        ok(kestrel(args.clone()));
+        assert_ne!(std::fs::read(&out).unwrap(), b"precious", "{args:?}");
+    }
+    assert_eq!(folder.names(), ["out", "text"]);
+}
+
+#[test]
+fn a_dry_run_says_what_the_run_then_does() {
+    let folder = Folder::new("dry");
+    let plan =
+        ok(kestrel(args!["convert", tiny(), "--type", "iq4_xs", "--dry-run", "--tensor-type", "ssm_x=q8_0"]));
+    let ssm_x = plan.lines().find(|l| l.contains("blk.3.ssm_x.weight")).unwrap();
+    assert!(
+        ssm_x.contains("backbone.layers.3.mixer.x_proj.weight") && ssm_x.contains("BF16   Q8_0"),
+        "{ssm_x}"
+    );
+    let out = folder.path("x.gguf");
+    ok(kestrel(args!["convert", tiny(), "-o", out, "--type", "iq4_xs", "--tensor-type", "ssm_x=q8_0"]));
+    let file_bytes = std::fs::metadata(&out).unwrap().len();
+    assert!(plan.contains(&format!("write: {file_bytes} bytes")), "{plan}");
+}
+
+#[test]
+fn a_state_goes_on_where_it_was_saved() {
+    let folder = Folder::new("state");
+    let (gguf, state) = (folder.convert("q8_0"), folder.path("s.state"));
+    let greedy = |extra: Vec<std::ffi::OsString>| {
+        let mut args = args!["run", gguf, "--temp", "0"];
+        args.extend(extra);
+        ok(kestrel(args))
+    };
+    let whole = greedy(args!["-p", "She had heard her and", "-n", "8"]);
+    assert_eq!(greedy(args!["-p", "She had heard", "-n", "0", "--save-state", state]), "");
+    assert_eq!(greedy(args!["-p", " her and", "-n", "8", "--load-state", state]), whole);
+
+    let mut bytes = std::fs::read(&state).unwrap();
+    bytes[100] ^= 1;
+    std::fs::write(&state, bytes).unwrap();
+    let json = error(args!["run", gguf, "-p", "a", "--load-state", state]);
+    assert_eq!(
+        (json["kind"].as_str(), json["file"].as_str()),
+        (Some("Inconsistent"), state.to_str()),
+        "{json}"
+    );
+}
+
+#[test]
+fn a_folder_runs_directly_and_quantized_in_memory() {
+    let run = |flag: Option<&str>| {
+        let mut args = args!["run", tiny(), "-p", "It was", "-n", "6", "--temp", "0"];
+        args.extend(flag.map(Into::into));
+        ok(kestrel(args))
+    };
+    assert!(!run(None).is_empty());
+    assert_eq!(run(None), run(Some("--load-in-8bit")), "six greedy tokens do not change at 8 bits");
+    assert!(!run(Some("--load-in-4bit")).is_empty());
+}
+
+#[test]
+fn perplexity_and_divergence_come_as_numbers() {
+    let folder = Folder::new("perplexity");
+    let corpus = std::fs::read(tiny().join("../texts/a-tale-of-two-cities-200000.txt")).unwrap();
+    let (text, base) = (folder.path("text"), folder.path("base.kl"));
+    std::fs::write(&text, &corpus[..6000]).unwrap();
+    let ppl = |model: PathBuf, extra: Vec<std::ffi::OsString>| -> Json {
+        let mut args = args!["perplexity", model, "-f", text, "--ctx", "128", "--chunks", "4", "--json"];
+        args.extend(extra);
+        serde_json::from_str(&ok(kestrel(args))).unwrap()
+    };
+    let of_base = ppl(tiny(), args!["--save-kl-base", base]);
+    assert_eq!(of_base["n_scored"], 4 * 63);
+    let p = of_base["perplexity"].as_f64().unwrap();
+    assert!((20.0..120.0).contains(&p), "{p}");
+    let of_q4 = ppl(folder.convert("q4_0"), args!["--kl-base", base]);
+    let kl = of_q4["mean_kl"].as_f64().unwrap();
+    assert!((0.002..0.05).contains(&kl), "{kl}");
+    let json = error(args!["perplexity", tiny(), "-f", text, "--ctx", "64", "--kl-base", base]);
+    assert_eq!(json["kind"], "Inconsistent", "another window: {json}");
+    let json = error(args!["perplexity", tiny(), "-f", text, "--kl-base", text]);
+    assert_eq!(json["kind"], "BadMagic", "{json}");
+}
+
+#[test]
+fn bench_prints_flat_json() {
+    let args = args!["bench", tiny(), "-p", "16", "-n", "4", "-r", "2", "--threads", "1", "--json"];
+    let json: Json = serde_json::from_str(&ok(kestrel(args))).unwrap();
+    for key in ["prefill_tok_s", "decode_tok_s", "first_token_ms"] {
+        assert!(json[key].as_f64().unwrap() > 0.0, "{key}: {json}");
+    }
+    assert_eq!(json["threads"], 1);
+    let args = args!["bench", tiny(), "-p", "0", "-n", "1", "-r", "1", "--json"];
+    let json: Json = serde_json::from_str(&ok(kestrel(args))).unwrap();
+    assert_eq!(json["prefill_tok_s"], Json::Null, "nothing measured is no figure");
+}
+
+#[test]
+fn the_demo_runs_anywhere_in_the_repository() {
+    let shown = ok(command(args!["demo"]).current_dir(tiny()).output().unwrap());
+    assert!(shown.contains("It was the best of times,") && shown.contains("blk.*.ssm_in.weight"), "{shown}");
+}
+
+#[test]
+fn a_reader_that_leaves_is_no_error() {
+    for args in [args!["inspect", tiny()], args!["--help"], args!["run", tiny(), "-p", "a"]] {
+        let mut child = command(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        drop(child.stdout.take());
+        let output = child.wait_with_output().unwrap();
+        assert_eq!((output.status.code(), stderr(&output).as_str()), (Some(0), ""));
+    }
+}
+
+#[test]
+fn a_full_disk_behind_stdout_is_an_io_error() {
+    let Ok(full) = std::fs::File::options().write(true).open("/dev/full") else { return };
+    let args = args!["inspect", tiny(), "--error-format", "json"];
+    let output = command(args).stdout(full).output().unwrap();
+    let json = check_error(output, "inspect > /dev/full");
+    assert_eq!((json["kind"].as_str(), json["exit_status"].as_i64()), (Some("Io"), Some(3)));
+}
+
+/// Interrupts a conversion while its temporary file is there.
+fn interrupted_conversion(folder: &Folder, signal: &str) -> Option<Output> {
+    let args = args!["convert", tiny(), "-o", folder.path("x.gguf"), "--type", "q2_k", "--threads", "1"];
+    let mut child = command(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    while child.try_wait().unwrap().is_none() && !folder.names().iter().any(|n| n.contains("partial")) {
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    Command::new("sh").arg("-c").arg(format!("kill -{signal} {}", child.id())).output().unwrap();
+    let output = child.wait_with_output().unwrap();
+    (output.status.code() != Some(0)).then_some(output)
+}
+
+#[test]
+fn an_interrupted_conversion_leaves_nothing() {
+    for signal in ["INT", "TERM", "HUP"] {
+        let folder = Folder::new(signal);
+        // The tiny model can be done before the signal comes; then the next try.
+        let output = (0..20).find_map(|_| {
+            let output = interrupted_conversion(&folder, signal);
+            if output.is_none() {
+                std::fs::remove_file(folder.path("x.gguf")).unwrap();
+            }
+            output
+        });
+        let output = output.expect("20 conversions, none of which lasted long enough to be interrupted");
+        assert_eq!(output.status.code(), Some(130), "{signal}: {}", stderr(&output));
+        assert!(stderr(&output).contains("Interrupted"), "{signal}: {}", stderr(&output));
+        assert_eq!(folder.names(), [""; 0], "{signal}");
+    }
+}
+
+#[test]
+fn a_text_that_is_not_utf8_is_an_error_with_its_place() {
+    let folder = Folder::new("utf8");
+    let text = folder.path("t");
+    std::fs::write(&text, b"abc\xff").unwrap();
+    let json = error(args!["tokenize", tiny(), "-f", text]);
+    assert_eq!((json["kind"].as_str(), json["offset"].as_u64()), (Some("WrongType"), Some(3)), "{json}");
+    assert_eq!(error(args!["tokenize", tiny(), "-f", folder.0])["kind"], "NotRegularFile");
+    assert_eq!(error(args!["tokenize", tiny(), "-f", folder.path("none")])["exit_status"], 3);
+}
+
+#[test]
+fn a_token_outside_the_vocabulary_is_an_error_and_writes_nothing() {
+    let folder = Folder::new("vocab");
+    let json = error(args!["logits", tiny(), "--tokens", "1,4096", "-o", folder.path("x.npy")]);
+    assert_eq!(json["kind"], "OutOfRange", "{json}");
+    assert_eq!(folder.names(), [""; 0]);
+}
