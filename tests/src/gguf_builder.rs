@@ -1,4 +1,5 @@
 //! Builds GGUF files field by field, right or wrong. It shares no code with `kestrel_formats::gguf`.
+#![allow(missing_docs)] // fields and constructors have the names that the format gives them
 
 use kestrel_formats::arch::{self, HyperParams};
 

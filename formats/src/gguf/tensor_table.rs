@@ -107,15 +107,14 @@ pub(super) fn data_bytes(dtype: GgmlType, shape: &[u64]) -> Result<u64> {
     let impossible = |expected: String| {
         Error::new(ErrorKind::BadShape).expected(expected).found(format!("shape {shape:?} of {dtype}"))
     };
-    let cols = shape.last().copied().unwrap_or(1);
+    let (&cols, rows) = shape.split_last().ok_or_else(|| impossible("at least one dimension".to_owned()))?;
     let row_bytes = dtype
         .bytes_for(cols)
         .ok_or_else(|| impossible(format!("rows of whole blocks of {}", dtype.block_len())))?;
     let count = |dims: &[u64]| dims.iter().try_fold(1u64, |n, &d| n.checked_mul(d.max(1)));
     count(shape)
         .filter(|&n| i64::try_from(n).is_ok())
-        .and_then(|_| count(shape.get(..shape.len() - 1)?))
-        .and_then(|rows| rows.checked_mul(row_bytes))
+        .and_then(|_| count(rows)?.checked_mul(row_bytes))
         .filter(|&n| i64::try_from(n).is_ok())
         .map(|n| if shape.contains(&0) { 0 } else { n })
         .ok_or_else(|| impossible("a size that fits in 63 bits".to_owned()))

@@ -105,6 +105,11 @@ fn container_cases() -> Vec<Case> {
             small().kv("general.alignment", Raw::u32(1 << 31)),
             Reject(Kind::BadAlignment),
         ),
+        case(
+            "G31 align_2p21",
+            small().kv("general.alignment", Raw::u32(1 << 21)),
+            Reject(Kind::BadAlignment),
+        ),
         case("G32 align_1", aligned(1), Accept),
         case(
             "G51 trailing_1mib_zip",
@@ -146,6 +151,11 @@ fn tensor_cases() -> Vec<Case> {
         case(
             "G36 n_dims_0",
             with_tensor(RawTensor { n_dims: Some(0), ..t() }),
+            RejectAt(Kind::BadShape, n_dims),
+        ),
+        case(
+            "G36 n_dims_0_scalar",
+            with_tensor(RawTensor::without_data("b", &[], 0, 0)),
             RejectAt(Kind::BadShape, n_dims),
         ),
         case("G37 n_dims_4", with_tensor(RawTensor::f32("b", &[2, 2, 2, 1])), Accept),
