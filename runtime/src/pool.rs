@@ -1,5 +1,5 @@
 //! Fork and join over a fixed set of threads: the caller is worker 0, the others spin for a short while between jobs
-//! and then sleep. A fork costs one store and a join one counter; no lock, no allocation.
+//! and then sleep. A fork costs one store and a join one counter; no allocation, and no lock that anyone else holds.
 
 use std::any::Any;
 use std::cell::UnsafeCell;
@@ -93,12 +93,10 @@ impl Pool {
         while shared.running.load(Ordering::Acquire) != 0 {
             wait(&mut spins);
         }
-        if let Err(panic) = own {
-            resume_unwind(panic);
-        }
-        // A poisoned lock still holds the first panic.
-        let slot = shared.panic.try_lock().ok().and_then(|mut slot| slot.take());
-        if let Some(panic) = slot {
+        // Taken even if the caller's own part panicked: it belongs to this job and to no later one. No worker holds
+        // the lock any more, so this never waits.
+        let theirs = shared.panic.lock().unwrap_or_else(|e| e.into_inner()).take();
+        if let Some(panic) = own.err().or(theirs) {
             resume_unwind(panic);
         }
     }

@@ -108,14 +108,15 @@ unsafe fn quantize_block<L: Lanes>(block: BlockMut<'_>, load: impl Fn(usize) -> 
         largest = load(i * LANES).abs().at_least(largest);
     }
     let largest = largest.largest();
-    *block.scale = largest / 127.0;
-    let inverse = L::splat(if largest > 0.0 { 127.0 / largest } else { 0.0 });
+    // Below this the inverse would overflow; such a block is nothing but zeros.
+    const TINY: f32 = 1e-36;
+    let (scale, inverse) = if largest < TINY { (0.0, 0.0) } else { (largest / 127.0, 127.0 / largest) };
+    *block.scale = scale;
+    let inverse = L::splat(inverse);
     for (i, sum32) in block.sums32.iter_mut().enumerate() {
         *sum32 = 0;
         for h in [2 * i, 2 * i + 1] {
             let codes = load(h * LANES).mul(inverse).round();
-            // `largest / 127` may round down to a denormal so that a code exceeds 127.
-            let codes = codes.at_most(L::splat(127.0)).at_least(L::splat(-127.0));
             let sum = codes.store_i8(block.codes.as_mut_ptr().add(h * LANES));
             *sum32 += sum;
             if let Some(sum16) = block.sums16.get_mut(h) {
@@ -152,6 +153,10 @@ pub(crate) unsafe fn conv_silu<L: Lanes>(conv: &Conv<'_>, x: &mut [f32], state: 
             row.iter().zip(&mut taps).for_each(|(&w, tap)| tap[c] = w);
         }
         let x = &mut x[b * n * LANES..][..n * LANES];
+        if bias.len() < LANES {
+            // Channels that do not exist must not leave in the state what the buffer held before.
+            x.chunks_exact_mut(LANES).for_each(|x| x[bias.len()..].fill(0.0));
+        }
         let state = &mut state[b * (k - 1) * LANES..][..(k - 1) * LANES];
         conv_block::<L>(&taps[..k], load_part(bias), x, state);
     }

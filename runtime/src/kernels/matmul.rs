@@ -83,6 +83,8 @@ pub(crate) struct Scratch {
     pub rows: Aligned<f32>,
     /// Scales, then minimums, of an expanded panel.
     pub scales: Aligned<f32>,
+    /// What sums of activations contribute, [token][sub-block].
+    pub terms: Aligned<f32>,
     /// Sums over the panels so far, [token][row].
     pub sums: Aligned<f32>,
 }
@@ -94,6 +96,7 @@ impl Scratch {
             panel: Aligned::zeroed(PANEL_COLS * PANEL_ROWS),
             rows: Aligned::zeroed(PANEL_COLS * PANEL_ROWS),
             scales: Aligned::zeroed(PANEL_COLS / 16 * PANEL_ROWS * 2),
+            terms: Aligned::zeroed(n_tokens * PANEL_COLS / 16),
             sums: Aligned::zeroed(n_tokens * PANEL_ROWS),
         }
     }

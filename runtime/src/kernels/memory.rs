@@ -182,10 +182,6 @@ impl Channels {
         self.numbers[(c / LANES * self.n_tokens + t) * LANES + c % LANES]
     }
 
-    pub(crate) fn n_channels(&self) -> usize {
-        self.n_blocks * LANES
-    }
-
     pub(crate) fn numbers(&self) -> &[f32] {
         &self.numbers[..self.n_blocks * self.n_tokens * LANES]
     }

@@ -20,6 +20,8 @@ mod matmul;
 mod memory;
 mod scalar;
 mod table;
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
 pub use acts::{ActKind, Acts};
 pub use compute::{Compute, InProj, Mixer, ScanWeights, Then};

@@ -4,6 +4,8 @@ use super::acts::ActsWriter;
 use super::elementwise::{self, Conv, Scan};
 use super::isa::Isa;
 use super::matmul::{self, Matmul};
+#[cfg(target_arch = "x86_64")]
+use super::x86;
 use super::{lanes, scalar};
 
 /// The kernels of one instruction set. A value exists only where the instruction set does.
@@ -26,6 +28,10 @@ pub struct Kernels {
 pub fn kernels(isa: Isa) -> &'static Kernels {
     match isa {
         _ if !isa.supported() => &SCALAR,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => &AVX2,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => &AVX512,
         _ => &SCALAR,
     }
 }
@@ -134,3 +140,19 @@ macro_rules! kernels {
 }
 
 kernels!(SCALAR, Isa::Scalar, scalar::Scalar, scalar::int_matmul);
+#[cfg(target_arch = "x86_64")]
+kernels!(
+    AVX2,
+    Isa::Avx2,
+    x86::avx2::Avx2,
+    x86::avx2::int_matmul,
+    #[target_feature(enable = "avx2,fma,f16c")]
+);
+#[cfg(target_arch = "x86_64")]
+kernels!(
+    AVX512,
+    Isa::Avx512,
+    x86::avx512::Avx512,
+    x86::avx512::int_matmul,
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
+);

@@ -1,0 +1,132 @@
+//! Sixteen f32 in two 256-bit registers.
+
+#![allow(unsafe_op_in_unsafe_fn)] // unsafe for the contract of `Lanes` alone
+
+use crate::kernels::lanes::Lanes;
+use std::arch::x86_64::*;
+
+/// Sixteen f32 in two registers.
+#[derive(Clone, Copy)]
+pub(crate) struct Avx2(__m256, __m256);
+
+/// The same operation on both registers.
+macro_rules! both {
+    ($f:ident, $($x:expr),+) => { Self($f($($x.0),+), $f($($x.1),+)) };
+}
+
+impl Lanes for Avx2 {
+    const TILE_TOKENS: usize = 6;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self {
+        Self(_mm256_set1_ps(x), _mm256_set1_ps(x))
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self {
+        Self(_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8)))
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32) {
+        _mm256_storeu_ps(p, self.0);
+        _mm256_storeu_ps(p.add(8), self.1);
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const u8) -> Self {
+        let half = |p: *const u8| _mm256_cvtph_ps(_mm_loadu_si128(p.cast()));
+        Self(half(p), half(p.add(16)))
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const u8) -> Self {
+        let half = |p: *const u8| {
+            let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+        };
+        Self(half(p), half(p.add(16)))
+    }
+    #[inline(always)]
+    unsafe fn add(self, b: Self) -> Self {
+        both!(_mm256_add_ps, self, b)
+    }
+    #[inline(always)]
+    unsafe fn sub(self, b: Self) -> Self {
+        both!(_mm256_sub_ps, self, b)
+    }
+    #[inline(always)]
+    unsafe fn mul(self, b: Self) -> Self {
+        both!(_mm256_mul_ps, self, b)
+    }
+    #[inline(always)]
+    unsafe fn div(self, b: Self) -> Self {
+        both!(_mm256_div_ps, self, b)
+    }
+    #[inline(always)]
+    unsafe fn mul_add(self, b: Self, c: Self) -> Self {
+        both!(_mm256_fmadd_ps, self, b, c)
+    }
+    #[inline(always)]
+    unsafe fn abs(self) -> Self {
+        let sign = Self::splat(-0.0);
+        both!(_mm256_andnot_ps, sign, self)
+    }
+    #[inline(always)]
+    unsafe fn at_most(self, limit: Self) -> Self {
+        both!(_mm256_min_ps, limit, self) // the second operand if either is NaN
+    }
+    #[inline(always)]
+    unsafe fn at_least(self, limit: Self) -> Self {
+        both!(_mm256_max_ps, limit, self)
+    }
+    #[inline(always)]
+    unsafe fn round(self) -> Self {
+        let round = |x| _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x);
+        Self(round(self.0), round(self.1))
+    }
+    #[inline(always)]
+    unsafe fn scale_by_power(self, n: Self) -> Self {
+        // In two steps, so that neither factor leaves the range of normal numbers and only the last one rounds.
+        let power =
+            |n| _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(n, _mm256_set1_epi32(127))));
+        let scale = |x, n| {
+            let n = _mm256_cvtps_epi32(n);
+            let half = _mm256_srai_epi32::<1>(n);
+            _mm256_mul_ps(_mm256_mul_ps(x, power(half)), power(_mm256_sub_epi32(n, half)))
+        };
+        Self(scale(self.0, n.0), scale(self.1, n.1))
+    }
+    #[inline(always)]
+    unsafe fn sum(self) -> f32 {
+        sum_floats(_mm256_add_ps(self.0, self.1))
+    }
+    #[inline(always)]
+    unsafe fn largest(self) -> f32 {
+        let x = _mm256_max_ps(self.0, self.1);
+        let x = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+        let x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+        _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)))
+    }
+    #[inline(always)]
+    unsafe fn store_i8(self, p: *mut i8) -> i32 {
+        let (a, b) = (_mm256_cvtps_epi32(self.0), _mm256_cvtps_epi32(self.1));
+        // Packing works within 128-bit lanes: a0 b0 | a1 b1, put back in order by quadwords.
+        let words = _mm256_permute4x64_epi64::<0b1101_1000>(_mm256_packs_epi32(a, b));
+        let bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words));
+        _mm_storeu_si128(p.cast(), bytes);
+        sum_dwords(_mm256_add_epi32(a, b))
+    }
+}
+
+/// The sum of eight i32.
+#[inline(always)]
+unsafe fn sum_dwords(x: __m256i) -> i32 {
+    let x = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256::<1>(x));
+    let x = _mm_add_epi32(x, _mm_shuffle_epi32::<0b0100_1110>(x));
+    _mm_cvtsi128_si32(_mm_add_epi32(x, _mm_shuffle_epi32::<0b1011_0001>(x)))
+}
+
+/// The sum of eight f32.
+#[inline(always)]
+pub(super) unsafe fn sum_floats(x: __m256) -> f32 {
+    let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+    let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)))
+}

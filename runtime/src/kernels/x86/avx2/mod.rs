@@ -1,0 +1,32 @@
+//! AVX2, FMA and F16C.
+
+mod lanes;
+mod panel;
+mod rows;
+
+pub(crate) use lanes::Avx2;
+
+use super::unpack::{self, by_type};
+use crate::kernels::matmul::{Job, Scratch};
+use kestrel_formats::GgmlType;
+
+/// From this many tokens on, weights are expanded into a panel that all tokens share.
+const PANEL_TOKENS: usize = 8;
+
+/// Weights times int8 activations.
+///
+/// # Safety
+/// That of [`crate::kernels::matmul::Matmul`].
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) unsafe fn int_matmul(job: &Job<'_>, scratch: &mut Scratch) {
+    use panel::{large as panel_large, small as panel_small};
+    use rows::{large as rows_large, small as rows_small};
+    // SAFETY: the caller's.
+    unsafe {
+        if job.acts.n_tokens() < PANEL_TOKENS {
+            by_type!(job.weights.dtype, rows_small, rows_large, (job));
+        } else {
+            by_type!(job.weights.dtype, panel_small, panel_large, (job, scratch));
+        }
+    }
+}

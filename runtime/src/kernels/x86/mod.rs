@@ -1,0 +1,5 @@
+//! AVX2 and AVX-512. Blocks are taken apart by the same functions for both (`unpack.rs`).
+
+pub(super) mod avx2;
+pub(super) mod avx512;
+mod unpack;
