@@ -1,6 +1,7 @@
 """A small GGUF file with every metadata value type and every tensor type that Kestrel reads, through gguf-py.
 
-    python scripts/oracle/gguf_roundtrip.py make  [FILE]   writes it with gguf.GGUFWriter
+    python scripts/oracle/gguf_roundtrip.py make  [FILE]   writes it with gguf.GGUFWriter, and beside it a file split
+                                                           in three
     python scripts/oracle/gguf_roundtrip.py check [FILE]   reads it with gguf.GGUFReader and compares everything
 
 FILE is tests/data/gguf/every-type.gguf by default. The Rust test `gguf_files::our_layout_equals_gguf_pys` lays the
@@ -71,6 +72,18 @@ def make(path):
             writer.add_tensor(name, data.view(np_type), raw_dtype=dtype)
         else:
             writer.add_tensor(name, data, raw_dtype=dtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    make_split(path.with_name("split.gguf"))
+
+
+def make_split(path):
+    """Five tensors, two to a file: split-00001-of-00003.gguf and so on."""
+    writer = GGUFWriter(path, "mamba", split_max_tensors=2)
+    for i in range(5):
+        writer.add_tensor(f"t{i}", np.full((2, 3), i, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

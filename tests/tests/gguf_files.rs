@@ -3,7 +3,7 @@
 use kestrel_formats::arch::{Arch, HyperParams};
 use kestrel_formats::gguf::{
     ARCHITECTURE, Array, Gguf, KEY_ARCHITECTURE, TensorDecl, Value, architecture_metadata,
-    hyperparams_from_gguf, layout,
+    hyperparams_from_gguf, layout, model_of,
 };
 use kestrel_formats::{ErrorKind, GgmlType, arch, limits};
 use kestrel_tests::alloc_count::peak_during;
@@ -92,6 +92,35 @@ fn our_layout_equals_gguf_pys() {
     let ours = write(&every_type_pairs(), &every_type_tensors(), |_, k| k as u8);
     let first = ours.iter().zip(&golden).position(|(a, b)| a != b);
     assert_eq!((first, ours.len()), (None, golden.len()), "first difference, length");
+}
+
+#[test]
+fn gguf_pys_split_file_reads_as_one() {
+    let file = Gguf::open(&data("split-00001-of-00003.gguf")).expect("the golden file opens");
+    let parts: Vec<_> = file.tensors().iter().map(|t| (t.name.as_str(), t.part)).collect();
+    assert_eq!(parts, [("t0", 0), ("t1", 0), ("t2", 1), ("t3", 1), ("t4", 2)]);
+    for (i, t) in file.tensors().iter().enumerate() {
+        let bytes = file.tensor(&t.name).expect("found by name").bytes;
+        assert!(
+            bytes.len() == 24 && bytes.chunks_exact(4).all(|b| b == (i as f32).to_le_bytes()),
+            "{}",
+            t.name
+        );
+    }
+    let sizes =
+        (1..=3).map(|i| std::fs::metadata(data(&format!("split-0000{i}-of-00003.gguf"))).unwrap().len());
+    assert_eq!(file.file_bytes(), sizes.sum::<u64>());
+}
+
+#[test]
+fn files_of_llama_cpps_quantizer_are_models() {
+    for i in 1..=4 {
+        let file =
+            Gguf::open(&data(&format!("../llama_cpp/mixed-{i}.gguf"))).expect("llama.cpp's file opens");
+        let model = model_of(&file).expect("a model");
+        assert_eq!((model.hparams.arch, model.tied), (Arch::FalconMamba, false));
+        assert_eq!((file.warnings(), &model.warnings[..]), (&[][..], &[][..]), "mixed-{i}");
+    }
 }
 
 #[test]
