@@ -3,7 +3,9 @@
 pub mod alloc_count;
 pub mod gguf_builder;
 pub mod goldens;
+pub mod load_reference;
 pub mod npy;
 pub mod random_model;
 pub mod reference;
+pub mod running;
 pub mod temp_dir;

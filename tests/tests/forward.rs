@@ -1,4 +1,192 @@
-//! The runtime's forward pass against transformers in float32.
+//! The runtime's forward pass against transformers in float32, and against itself: pieces, states, instruction sets,
+//! threads.
+
+use kestrel_runtime::kernels::Isa;
+use kestrel_runtime::{Model, Runner, State};
+use kestrel_tests::goldens::{self, Golden};
+use kestrel_tests::load_reference;
+use kestrel_tests::running::{convert, converted, difference, greedy, logits, logits_in_pieces, on, open};
+use kestrel_tests::temp_dir::TempDir;
 
 /// Largest allowed |logit - golden| / max |golden logit of that position|.
 pub const TOLERANCE: f64 = 2e-4;
+
+/// One prefill, ragged pieces, token by token; on an instruction set.
+fn equals_transformers(isa: Isa) {
+    let mut names = goldens::random_names();
+    names.push("tiny-falcon-mamba".into());
+    for name in names {
+        let (golden, dir) = (Golden::load(&name), TempDir::new());
+        let source = checkpoint(&golden, &dir);
+        let (model, _) = converted(&dir, &source, "f32");
+        let all = golden.tokens.len();
+        for lengths in [&[all][..], &[1, 2, 3, 5, 7, 64, 31, 33, 16], &[1]] {
+            let mut runner = Runner::new(&model, &on(isa, 2)).expect("a runner");
+            assert_eq!(runner.isa(), isa);
+            let got = logits_in_pieces(&mut runner, &mut model.new_state(), &golden.tokens, lengths);
+            let who = format!("{name} on {} in pieces of {lengths:?}", isa.name());
+            golden.compare(&got).expect_within(TOLERANCE, &who);
+        }
+    }
+}
+
+/// The folder of a golden's checkpoint: the tiny one in the repository, or a random one written into `dir`.
+fn checkpoint(golden: &Golden, dir: &TempDir) -> std::path::PathBuf {
+    if golden.name == "tiny-falcon-mamba" {
+        return goldens::tiny_dir();
+    }
+    golden.model().write(dir.path());
+    dir.path().to_owned()
+}
+
+/// Runs `test` if this machine has the instruction set. `KESTREL_REQUIRE_ISA=a,b` makes its absence a failure.
+fn where_present(isa: Isa, test: fn(Isa)) {
+    if isa.supported() {
+        return test(isa);
+    }
+    let required = std::env::var("KESTREL_REQUIRE_ISA").unwrap_or_default();
+    assert!(!required.split(',').any(|name| name == isa.name()), "{} is required and absent", isa.name());
+}
+
+#[test]
+fn scalar_equals_transformers() {
+    where_present(Isa::Scalar, equals_transformers);
+}
+
+#[test]
+fn avx2_equals_transformers() {
+    where_present(Isa::Avx2, equals_transformers);
+}
+
+#[test]
+fn avx512_equals_transformers() {
+    where_present(Isa::Avx512, equals_transformers);
+}
+
+#[test]
+fn neon_equals_transformers() {
+    where_present(Isa::Neon, equals_transformers);
+}
+
+#[test]
+fn a_checkpoint_folder_runs_as_it_is() {
+    // Weights in F32, BF16 and F16, and the trained one in BF16: all executed without conversion.
+    for name in ["falcon-1-layer", "falcon-2-layers", "falcon-4-layers", "falcon3", "mamba", "tiny-falcon-mamba"] {
+        let (golden, dir) = (Golden::load(name), TempDir::new());
+        let model = open(&checkpoint(&golden, &dir));
+        golden.compare(&logits(&model, &on(Isa::best(), 2), &golden.tokens)).expect_within(TOLERANCE, name);
+    }
+}
+
+#[test]
+fn another_eps_in_the_file_is_seen_by_the_runtime() {
+    // x_proj left unscaled is what a converter without the eps fix would write: the same as an eps of 1e-5.
+    let (golden, dir) = (Golden::load("falcon-2-layers"), TempDir::new());
+    let mut random = golden.model();
+    random.config["mixer_rms_eps"] = 1e-5.into();
+    random.write(dir.path());
+    let (model, _) = converted(&dir, dir.path(), "f32");
+    let got = golden.compare(&logits(&model, &on(Isa::best(), 2), &golden.tokens));
+    assert!(got.worst > 10.0 * TOLERANCE, "off by only {:.1e}", got.worst);
+}
+
+#[test]
+fn a_falcon_published_as_mamba_gets_its_norms() {
+    // What gives it away is TII's vocabulary; the first 192 rows are those of the golden's model.
+    let (golden, dir) = (Golden::load("falcon-tiny-dev"), TempDir::new());
+    let mut random = golden.model();
+    random.config["vocab_size"] = 65_024.into();
+    let reference = random.reference();
+    let expected: Vec<f64> = reference.logits(&golden.tokens[..8]).into_iter().flatten().collect();
+    random.write(dir.path());
+    let mut legacy = random.config.clone();
+    legacy["model_type"] = "mamba".into();
+    legacy["architectures"] = serde_json::json!(["MambaForCausalLM"]);
+    legacy.as_object_mut().expect("an object").remove("mixer_rms_eps");
+    dir.file("config.json", legacy.to_string().as_bytes());
+    let (model, _) = converted(&dir, dir.path(), "f32");
+    let got = logits(&model, &on(Isa::best(), 2), &golden.tokens[..8]);
+    let worst = difference(&expected, &got, 65_024);
+    assert!(worst <= TOLERANCE, "off by {worst:.1e}");
+}
+
+#[test]
+fn the_reference_agrees_from_gguf_and_from_the_checkpoint() {
+    let (golden, dir) = (Golden::load("tiny-falcon-mamba"), TempDir::new());
+    let path = dir.path().join("f32.gguf");
+    convert(&goldens::tiny_dir(), "f32", &path);
+    let tokens = &golden.tokens[..64];
+    let checkpoint = kestrel_formats::checkpoint::Checkpoint::open(&goldens::tiny_dir()).expect("the checkpoint");
+    let a: Vec<f64> = load_reference::from_checkpoint(&checkpoint).logits(tokens).into_iter().flatten().collect();
+    let file = kestrel_formats::gguf::Gguf::open(&path).expect("the file");
+    let b: Vec<f64> = load_reference::from_gguf(&file).logits(tokens).into_iter().flatten().collect();
+    let worst = difference(&a, &b, golden.vocab_size);
+    assert!(worst < 1e-6, "off by {worst:.1e}");
+}
+
+#[test]
+fn a_state_saved_and_restored_changes_no_bit() {
+    let (golden, dir) = (Golden::load("tiny-falcon-mamba"), TempDir::new());
+    for file_type in ["f32", "q4_k_m"] {
+        let (model, _) = converted(&dir, &goldens::tiny_dir(), file_type);
+        let (first, second) = golden.tokens.split_at(143);
+        let run = |between: fn(&Model, State) -> State| {
+            let mut runner = Runner::new(&model, &on(Isa::best(), 2)).expect("a runner");
+            let mut state = model.new_state();
+            logits_in_pieces(&mut runner, &mut state, first, &[50]);
+            let mut state = between(&model, state);
+            let mut runner = Runner::new(&model, &on(Isa::best(), 2)).expect("a runner");
+            logits_in_pieces(&mut runner, &mut state, second, &[9, 1])
+        };
+        let plain = run(|_, state| state);
+        let through_a_file = run(|model, state| {
+            let bytes = state.to_bytes();
+            State::from_bytes(&bytes, model.state_shape(), "state".as_ref()).expect("a saved state")
+        });
+        let snapshot = run(|model, state| {
+            let kept = state.clone();
+            let (mut other, mut runner) = (state, Runner::new(model, &on(Isa::best(), 1)).expect("a runner"));
+            logits_in_pieces(&mut runner, &mut other, &[1, 2, 3], &[3]); // a fork that must not disturb the snapshot
+            kept
+        });
+        assert!(plain == through_a_file && plain == snapshot, "{file_type}");
+    }
+}
+
+#[test]
+fn greedy_text_is_that_of_transformers() {
+    let dir = TempDir::new();
+    let (model, _) = converted(&dir, &goldens::tiny_dir(), "f32");
+    for isa in Isa::all_supported() {
+        for g in Golden::load("tiny-falcon-mamba").greedy() {
+            assert_eq!(greedy(&model, &on(isa, 2), &g.prompt_tokens, 32), g.tokens, "{} on {}", g.prompt, isa.name());
+        }
+    }
+}
+
+#[test]
+fn instruction_sets_and_threads_agree_on_quantized_weights() {
+    let dir = TempDir::new();
+    let golden = Golden::load("tiny-falcon-mamba");
+    for file_type in ["q4_k_m", "q8_0", "iq4_xs", "q5_1"] {
+        let (model, _) = converted(&dir, &goldens::tiny_dir(), file_type);
+        let base = logits(&model, &on(Isa::Scalar, 1), &golden.tokens[..96]);
+        let texts = |isa, threads| {
+            golden.greedy().iter().map(|g| greedy(&model, &on(isa, threads), &g.prompt_tokens, 32)).collect::<Vec<_>>()
+        };
+        let base_texts = texts(Isa::Scalar, 1);
+        for isa in Isa::all_supported() {
+            let one = logits(&model, &on(isa, 1), &golden.tokens[..96]);
+            for threads in [2, 3] {
+                assert!(one == logits(&model, &on(isa, threads), &golden.tokens[..96]), "{file_type}: {threads} threads");
+            }
+            let worst = difference(&base, &one, golden.vocab_size);
+            assert!(worst <= ISA_TOLERANCE, "{file_type} on {}: off by {worst:.1e}", isa.name());
+            assert_eq!(base_texts, texts(isa, 2), "{file_type} on {}", isa.name());
+        }
+    }
+}
+
+/// Integer sums are the same everywhere; float sums differ in order by some 1e-6, which can move an activation across
+/// a rounding boundary of its int8 code, 1/254 of a block's largest: one code among hundreds.
+const ISA_TOLERANCE: f64 = 2e-2;
