@@ -3,12 +3,16 @@
 pub mod kernels;
 pub mod pool;
 
+pub mod evaluate;
 pub mod forward;
 mod load;
 mod matrix;
 mod model;
 pub mod sampler;
+pub mod session;
 pub mod state;
+pub mod text_stream;
+pub mod tokenizer;
 
 pub use forward::{Runner, RunnerOptions};
 pub use load::LoadOptions;
