@@ -125,13 +125,16 @@ impl Rows<'_> {
         }
         let mut back = vec![0.0; floats.len()];
         codec(dtype).dequantize(stored, &mut back);
-        match back.iter().position(|x| !x.is_finite()) {
-            None => Ok(()),
-            Some(i) => Err(self
-                .error(ErrorKind::OutOfRange, first + i)
-                .expected(format!("numbers that {dtype} can hold"))
-                .found(floats.get(i).map(f32::to_string).unwrap_or_default())
-                .hint("bf16 and f32 hold larger numbers")),
-        }
+        let Some(bad) = back.iter().position(|x| !x.is_finite()) else { return Ok(()) };
+        // One number spoils its whole block: the largest.
+        let block = bad / dtype.block_len() * dtype.block_len();
+        let culprit =
+            (block..block + dtype.block_len()).max_by(|&a, &b| floats[a].abs().total_cmp(&floats[b].abs()));
+        let culprit = culprit.unwrap_or(bad);
+        Err(self
+            .error(ErrorKind::OutOfRange, first + culprit)
+            .expected(format!("numbers that {dtype} can hold"))
+            .found(floats[culprit])
+            .hint("bf16 and f32 hold larger numbers"))
     }
 }
