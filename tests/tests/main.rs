@@ -1,11 +1,17 @@
 //! One integration crate; each module is an area.
 #![allow(missing_docs)]
 
+mod codecs;
+mod convert;
 mod forward;
 mod gguf_files;
 mod gguf_malformed;
+mod kernels;
+mod quality;
 mod reference;
+mod tokenizer;
 
 /// Counts, so that the readers' tests can bound what a file makes them allocate.
 #[global_allocator]
-static ALLOCATOR: kestrel_tests::alloc_count::CountingAllocator = kestrel_tests::alloc_count::CountingAllocator;
+static ALLOCATOR: kestrel_tests::alloc_count::CountingAllocator =
+    kestrel_tests::alloc_count::CountingAllocator;
