@@ -92,7 +92,9 @@ impl KlBase {
         let map = Map::open(path)?;
         let error = |kind| Error::new(kind).file(path);
         if map.get(..MAGIC.len()) != Some(MAGIC) {
-            return Err(error(ErrorKind::BadMagic).at(0).expected("a file of kestrel perplexity --save-kl-base"));
+            return Err(error(ErrorKind::BadMagic)
+                .at(0)
+                .expected("a file of kestrel perplexity --save-kl-base"));
         }
         let header = extent.header();
         if map.get(..header.len()) != Some(&header) {

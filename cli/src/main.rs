@@ -1,10 +1,14 @@
 //! The `kestrel` command line: arguments, progress and printing. The only crate that prints.
 
 mod args;
+mod chat;
 mod commands;
 mod failure;
 mod files;
 mod interrupt;
+mod kl_base;
+mod model;
+mod npy;
 mod output;
 mod progress;
 

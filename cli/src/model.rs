@@ -6,9 +6,9 @@ use crate::progress::Bar;
 use clap::Args;
 use kestrel_formats::Result;
 use kestrel_quant::recipe::FileType;
-use kestrel_runtime::RunnerOptions;
 use kestrel_runtime::LoadOptions;
 use kestrel_runtime::Model;
+use kestrel_runtime::RunnerOptions;
 use kestrel_runtime::session::Session;
 use std::path::PathBuf;
 
@@ -45,15 +45,15 @@ impl ModelArgs {
             _ => None,
         };
         let bar = Bar::new();
-        let progress = |done: u64, total: u64| {
-            bar.start_once("quantizing", total);
-            bar.set(done);
-        };
+        let progress = |done: u64, total: u64| bar.set("quantizing", done, total);
         Model::open(&self.path, &LoadOptions { quantize, progress: Some(&progress) })
     }
 
     /// A session as the arguments say.
     pub fn session<'m>(&self, model: &'m Model) -> Result<Session<'m>> {
-        Session::new(model, &RunnerOptions { threads: self.threads.get(), precise: self.precise, ..Default::default() })
+        Session::new(
+            model,
+            &RunnerOptions { threads: self.threads.get(), precise: self.precise, ..Default::default() },
+        )
     }
 }

@@ -17,28 +17,26 @@ impl Bar {
         Self(bar)
     }
 
-    /// Starts over with `n_bytes` to go.
-    pub fn start(&self, doing: &'static str, n_bytes: u64) {
-        self.0.reset();
-        self.0.set_length(n_bytes);
-        self.0.set_prefix(doing);
-        self.0.set_message("");
-    }
-
-    /// Moves to `n_bytes`.
-    pub fn set(&self, n_bytes: u64) {
-        self.0.set_position(n_bytes);
+    /// Shows `done` of `total` bytes.
+    pub fn set(&self, doing: &'static str, done: u64, total: u64) {
+        if self.0.length() != Some(total) {
+            self.0.set_prefix(doing);
+            self.0.set_length(total);
+        }
+        self.0.set_position(done);
     }
 }
 
 impl Progress for Bar {
     fn phase(&self, phase: Phase, read_bytes: u64, _write_bytes: u64) {
-        let doing = match phase {
+        self.0.reset();
+        self.0.set_length(read_bytes);
+        self.0.set_message("");
+        self.0.set_prefix(match phase {
             Phase::Convert => "converting",
             Phase::Check => "checking",
             Phase::Verify => "verifying",
-        };
-        self.start(doing, read_bytes);
+        });
     }
 
     fn tensor(&self, name: &str) {

@@ -1,9 +1,9 @@
 //! `kestrel bench`: how fast a model reads and writes on this machine.
 
 use crate::failure::Outcome;
+use crate::interrupt;
 use crate::model::ModelArgs;
 use crate::output::{self, Table};
-use crate::interrupt;
 use clap::Args;
 use kestrel_formats::Result;
 use kestrel_runtime::session::Session;
@@ -142,7 +142,8 @@ struct Tokens {
 
 impl Tokens {
     fn next(&mut self) -> u32 {
-        self.state = self.state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.state =
+            self.state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         ((self.state >> 33) % self.vocab.max(1)) as u32
     }
 }

@@ -8,9 +8,9 @@ use clap::Args;
 use kestrel_convert::{Options, Plan, Source};
 use kestrel_formats::{Error, ErrorKind, Result};
 use kestrel_quant::recipe::{FileType, Recipe};
-use kestrel_runtime::RunnerOptions;
 use kestrel_runtime::LoadOptions;
 use kestrel_runtime::Model;
+use kestrel_runtime::RunnerOptions;
 use kestrel_runtime::sampler::{Sampler, SamplerOptions};
 use kestrel_runtime::session::{GenerateOptions, Session};
 use std::collections::BTreeMap;
@@ -100,7 +100,8 @@ fn short_plan(plan: &Plan) -> Table {
     let mut table = Table::new(&["tensors", ">count", "shape", "from", "to", ">size"]);
     for (i, (_, count, n_bytes)) in kinds {
         let Some(t) = plan.tensors.get(i) else { continue };
-        let name = t.name.strip_prefix("blk.0.").map_or_else(|| t.name.clone(), |rest| format!("blk.*.{rest}"));
+        let name =
+            t.name.strip_prefix("blk.0.").map_or_else(|| t.name.clone(), |rest| format!("blk.*.{rest}"));
         let cells = [
             name,
             count.to_string(),
@@ -123,7 +124,8 @@ fn generate(gguf: &Path) -> Outcome {
     let (isa, threads) = (session.runner().isa().name(), session.runner().n_threads());
     output::text(&format!("2. mapped in {open_ms:.0} ms; {threads} threads, {isa}\n\n3. {PROMPT}"))?;
 
-    let mut sampler = Sampler::new(SamplerOptions { temperature: 0.7, top_k: 40, seed: 3, ..Default::default() })?;
+    let mut sampler =
+        Sampler::new(SamplerOptions { temperature: 0.7, top_k: 40, seed: 3, ..Default::default() })?;
     let started = Instant::now();
     session.prefill(&tokenizer.encode(PROMPT, false)?)?;
     let options = GenerateOptions { n_tokens: N_TOKENS, ..Default::default() };

@@ -1,8 +1,14 @@
 //! One file per command: its arguments, its help, and what it does.
 
+mod bench;
 mod convert;
+mod demo;
 mod inspect;
+mod logits;
+mod perplexity;
 mod quantize;
+mod run;
+mod tokenize;
 mod verify;
 
 use crate::failure::Outcome;
@@ -10,18 +16,30 @@ use clap::Subcommand;
 
 #[derive(Subcommand)]
 pub enum Command {
+    Demo(demo::DemoArgs),
     Convert(convert::ConvertArgs),
     Quantize(quantize::QuantizeArgs),
     Inspect(inspect::InspectArgs),
+    Run(run::RunArgs),
+    Logits(logits::LogitsArgs),
+    Tokenize(tokenize::TokenizeArgs),
+    Bench(bench::BenchArgs),
+    Perplexity(perplexity::PerplexityArgs),
     Verify(verify::VerifyArgs),
 }
 
 /// Does what the command line says.
 pub fn run(command: Command) -> Outcome {
     match command {
+        Command::Demo(args) => demo::run(&args),
         Command::Convert(args) => convert::run(&args),
         Command::Quantize(args) => quantize::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Run(args) => run::run(&args),
+        Command::Logits(args) => logits::run(&args),
+        Command::Tokenize(args) => tokenize::run(&args),
+        Command::Bench(args) => bench::run(&args),
+        Command::Perplexity(args) => perplexity::run(&args),
         Command::Verify(args) => verify::run(&args),
     }
 }

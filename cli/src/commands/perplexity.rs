@@ -75,7 +75,11 @@ pub fn run(args: &PerplexityArgs) -> Outcome {
     for (i, window) in windows(tokens.len(), extent.n_ctx).enumerate() {
         evaluation.window(&mut session, tokens.get(window).unwrap_or_default())?;
         let so_far = evaluation.perplexity.estimate().value;
-        output::note(&format!("window {}/{}: perplexity so far {so_far:.4}", i + 1, tokens.len() / extent.n_ctx));
+        output::note(&format!(
+            "window {}/{}: perplexity so far {so_far:.4}",
+            i + 1,
+            tokens.len() / extent.n_ctx
+        ));
     }
     if let Base::Save(writer) = evaluation.base {
         writer.finish()?;
@@ -185,8 +189,10 @@ impl Evaluation {
             }
             return output::json(&object);
         }
-        let mut text =
-            format!("perplexity {:.4} ± {:.4} over {} tokens\n", ppl.value, ppl.standard_error, self.n_scored);
+        let mut text = format!(
+            "perplexity {:.4} ± {:.4} over {} tokens\n",
+            ppl.value, ppl.standard_error, self.n_scored
+        );
         if let Some(d) = divergence {
             text.push_str(&format!(
                 "KL divergence: mean {:.6} ± {:.6}, median {:.6}, 99 % {:.6}, max {:.6}\n\

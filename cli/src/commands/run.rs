@@ -8,9 +8,9 @@ use crate::{files, interrupt, output};
 use clap::Args;
 use kestrel_formats::atomic_file::{AtomicFile, check_target};
 use kestrel_formats::{Error, ErrorKind, Result};
+use kestrel_runtime::State;
 use kestrel_runtime::sampler::{Sampler, SamplerOptions};
 use kestrel_runtime::session::{GenerateOptions, Session, Stop};
-use kestrel_runtime::State;
 use kestrel_runtime::tokenizer::Tokenizer;
 use std::io::IsTerminal;
 use std::ops::ControlFlow;
@@ -120,7 +120,8 @@ const PREFILL_CHUNK: usize = 1024;
 pub fn run(args: &RunArgs) -> Outcome {
     let sampling = args.sampling.options();
     let mut sampler = Sampler::new(sampling.clone())?;
-    let save_state = args.states.save_state.as_deref().map(|p| check_target(p, args.states.force)).transpose()?;
+    let save_state =
+        args.states.save_state.as_deref().map(|p| check_target(p, args.states.force)).transpose()?;
     let text = files::text(&args.text)?;
     let model = args.model.open()?;
     let tokenizer = model.tokenizer()?;
@@ -156,10 +157,13 @@ pub fn run(args: &RunArgs) -> Outcome {
 
 impl RunArgs {
     fn encode(&self, tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
-        let tokens = match self.chat {
+        // A state has its beginning behind it.
+        let bos = tokenizer.prompt_bos().filter(|_| self.states.load_state.is_none());
+        let mut tokens: Vec<u32> = bos.into_iter().collect();
+        tokens.extend(match self.chat {
             true => chat::user_turn(tokenizer, text)?,
             false => tokenizer.encode(text, !self.no_parse_special)?,
-        };
+        });
         if tokens.is_empty() {
             return Err(Error::new(ErrorKind::Usage)
                 .what("text")
@@ -170,7 +174,12 @@ impl RunArgs {
     }
 
     /// Streams the continuation; returns how many tokens it has.
-    fn generate(&self, session: &mut Session, sampler: &mut Sampler, tokenizer: &Tokenizer) -> Result<u64, Failure> {
+    fn generate(
+        &self,
+        session: &mut Session,
+        sampler: &mut Sampler,
+        tokenizer: &Tokenizer,
+    ) -> std::result::Result<u64, Failure> {
         let options = GenerateOptions {
             n_tokens: self.n_tokens as usize,
             stop_strings: self.stop.clone(),

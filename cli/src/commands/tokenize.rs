@@ -25,7 +25,6 @@ pub struct TokenizeArgs {
 
     /// The default and only format; accepted so that scripts can say so
     #[arg(long)]
-    #[expect(dead_code, reason = "part of the command line that scripts depend on")]
     json: bool,
 
     /// Treat text that looks like a special token (<|im_end|>) as ordinary text
