@@ -66,7 +66,7 @@ impl Codec for Q2K {
         quantize_blocks(src, importance, dst, |x: &[f32; LEN], w, out: &mut [u8; BYTES]| {
             let (search, weight) = match w {
                 Some(w) => (&WEIGHTED, ErrorWeight::Importance(w, mean_square(x))),
-                None => (&PLAIN, ErrorWeight::Abs),
+                None => (&PLAIN, ErrorWeight::Abs(0.25)),
             };
             let tile = Tile::<SUB, 16>::new(x, weight);
             let block = tile.affine_block(search, 15.0);

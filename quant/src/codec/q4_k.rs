@@ -104,7 +104,7 @@ pub(super) fn fit_block(
 ) -> (Block<8>, [u8; LEN]) {
     let weight = match importance {
         Some(w) => ErrorWeight::Importance(w, 2.0 * mean_square(x)),
-        None => ErrorWeight::Abs,
+        None => ErrorWeight::Abs(1.0),
     };
     let tile = Tile::<SUB, 8>::new(x, weight);
     let block = tile.affine_block(search, 63.0);

@@ -23,12 +23,12 @@ pub struct Tile<const N: usize, const L: usize> {
 /// How much each squared error counts.
 ///
 /// With an importance matrix the weights are ggml's. Without, ggml takes `|x|` for Q2_K and `x^2` for the signed types,
-/// which is hard on small weights: here the mean of the sub-block is added. The error in ggml's own measure is still
+/// which is hard on small weights: here a part of the sub-block's mean is added. The error in ggml's own measure is still
 /// smaller than ggml's, the plain one too, and it is the plain one that the divergence of a model follows.
 #[derive(Clone, Copy)]
 pub enum ErrorWeight<'a> {
-    /// `|x|` plus the root mean square of the sub-block; ggml's own choice for Q4_K and Q5_K.
-    Abs,
+    /// `|x|` plus this share of the root mean square of the sub-block. ggml has 1 for Q4_K and Q5_K, 0 for Q2_K.
+    Abs(f32),
     /// `x^2` plus the mean square of the sub-block.
     Square,
     /// `importance * sqrt(sigma2 + x^2)`, importance in row order.
@@ -47,7 +47,7 @@ impl<const N: usize, const L: usize> Tile<N, L> {
             for (i, &v) in sub.iter().enumerate() {
                 tile.x[i][lane] = v;
                 tile.w[i][lane] = match weight {
-                    ErrorWeight::Abs => v.abs() + rms,
+                    ErrorWeight::Abs(share) => v.abs() + share * rms,
                     ErrorWeight::Square => v * v + mean_square,
                     ErrorWeight::Importance(q, sigma2) => q[lane * N + i] * (sigma2 + v * v).sqrt(),
                     ErrorWeight::ImportanceOnly(q) => q[lane * N + i],
