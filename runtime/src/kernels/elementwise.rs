@@ -148,36 +148,47 @@ pub(crate) unsafe fn conv_silu<L: Lanes>(conv: &Conv<'_>, x: &mut [f32], state: 
     let n_blocks = conv.bias.len().div_ceil(LANES);
     assert!(x.len() >= n_blocks * n * LANES && state.len() >= n_blocks * (k - 1) * LANES);
     for (b, bias) in conv.bias.chunks(LANES).enumerate() {
-        let mut taps = [[0.0; LANES]; D_CONV_MAX];
-        for (c, row) in conv.weight[b * LANES * k..].chunks_exact(k).take(bias.len()).enumerate() {
-            row.iter().zip(&mut taps).for_each(|(&w, tap)| tap[c] = w);
-        }
         let x = &mut x[b * n * LANES..][..n * LANES];
         if bias.len() < LANES {
             // Channels that do not exist must not leave in the state what the buffer held before.
             x.chunks_exact_mut(LANES).for_each(|x| x[bias.len()..].fill(0.0));
         }
         let state = &mut state[b * (k - 1) * LANES..][..(k - 1) * LANES];
-        conv_block::<L>(&taps[..k], load_part(bias), x, state);
+        let weight = &conv.weight[b * LANES * k..][..bias.len() * k];
+        match k {
+            4 => conv_block::<L, 4>(weight, k, bias, x, state),
+            _ => conv_block::<L, D_CONV_MAX>(weight, k, bias, x, state),
+        }
     }
 }
 
-/// One block of 16 channels.
+/// One block of 16 channels with `k <= K` taps.
 #[inline(always)]
-unsafe fn conv_block<L: Lanes>(taps: &[[f32; LANES]], bias: L, x: &mut [f32], state: &mut [f32]) {
+unsafe fn conv_block<L: Lanes, const K: usize>(
+    weight: &[f32],
+    k: usize,
+    bias: &[f32],
+    x: &mut [f32],
+    state: &mut [f32],
+) {
+    let mut taps = [[0.0; LANES]; K];
+    for (c, row) in weight.chunks_exact(k).enumerate() {
+        row.iter().zip(&mut taps).for_each(|(&w, tap)| tap[c] = w);
+    }
     let (x, _) = x.as_chunks_mut::<LANES>();
     let (state, _) = state.as_chunks_mut::<LANES>();
-    let (k, n, n_old) = (taps.len(), x.len(), state.len());
-    let mut old = [[0.0; LANES]; D_CONV_MAX];
+    let (n, n_old) = (x.len(), state.len());
+    let mut old = [[0.0; LANES]; K];
     old[..n_old].copy_from_slice(state);
     for (i, to) in state.iter_mut().enumerate() {
         // The inputs are the old state followed by x; the new state is their end.
         *to = if n + i < n_old { old[n + i] } else { x[n + i - n_old] };
     }
+    let bias = load_part::<L>(bias);
     // Backwards, because the output of a token overwrites its input, which only later tokens need.
     for t in (0..n).rev() {
         let mut sum = bias;
-        for (j, tap) in taps.iter().enumerate() {
+        for (j, tap) in taps[..k].iter().enumerate() {
             let input = if t + j + 1 >= k { &x[t + j + 1 - k] } else { &old[t + j] };
             sum = L::load(tap.as_ptr()).mul_add(L::load(input.as_ptr()), sum);
         }

@@ -11,6 +11,9 @@
 //!
 //! The state of a sequence is laid out as [channel / 16][..][16] on every instruction set.
 
+// Loops over the registers of a tile index several arrays by the same number.
+#![allow(clippy::needless_range_loop)]
+
 mod acts;
 mod compute;
 mod elementwise;
@@ -18,6 +21,8 @@ mod isa;
 mod lanes;
 mod matmul;
 mod memory;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod scalar;
 mod table;
 #[cfg(target_arch = "x86_64")]

@@ -4,9 +4,14 @@ use super::acts::ActsWriter;
 use super::elementwise::{self, Conv, Scan};
 use super::isa::Isa;
 use super::matmul::{self, Matmul};
+#[cfg(target_arch = "aarch64")]
+use super::neon;
 #[cfg(target_arch = "x86_64")]
 use super::x86;
 use super::{lanes, scalar};
+
+/// (weights, u, z, dt, state)
+type ScanFn = unsafe fn(&Scan<'_>, &mut [f32], &[f32], &[f32], &mut [f32]);
 
 /// The kernels of one instruction set. A value exists only where the instruction set does.
 pub struct Kernels {
@@ -16,7 +21,7 @@ pub struct Kernels {
     pub(super) row_acts: unsafe fn(&[f32], &ActsWriter<'_>, usize),
     pub(super) channel_acts: unsafe fn(&[f32], usize, &ActsWriter<'_>, usize, usize),
     pub(super) conv_silu: unsafe fn(&Conv<'_>, &mut [f32], &mut [f32]),
-    pub(super) scan: unsafe fn(&Scan<'_>, &mut [f32], &[f32], &[f32], &mut [f32]),
+    pub(super) scan: ScanFn,
     pub(super) f32_matmul: Matmul,
     pub(super) int_matmul: Matmul,
     exp: unsafe fn(&mut [f32]),
@@ -32,6 +37,8 @@ pub fn kernels(isa: Isa) -> &'static Kernels {
         Isa::Avx2 => &AVX2,
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => &AVX512,
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => &NEON,
         _ => &SCALAR,
     }
 }
@@ -155,4 +162,12 @@ kernels!(
     x86::avx512::Avx512,
     x86::avx512::int_matmul,
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
+);
+#[cfg(target_arch = "aarch64")]
+kernels!(
+    NEON,
+    Isa::Neon,
+    neon::Neon,
+    neon::int_matmul,
+    #[target_feature(enable = "neon,dotprod")]
 );

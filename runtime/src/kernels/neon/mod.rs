@@ -1,0 +1,7 @@
+//! NEON with the dot-product extension.
+
+mod int;
+mod lanes;
+
+pub(crate) use int::int_matmul;
+pub(crate) use lanes::Neon;
