@@ -68,17 +68,29 @@ impl ErrorStats {
 }
 
 /// The largest relative RMSE that a tensor of this type may have against its source.
+///
+/// For the 16-bit types half a unit in the last place, which only subnormal numbers exceed. For the block types 1.5 times
+/// the worst measured over 65536 weights each of normal, uniform, Laplace, Student t (4 and 3 degrees of freedom) and
+/// sparse random numbers, Laplace with 0.2 % outliers of twenty times the size, and trained weights. The worst were
+/// Student t with 3 degrees, the outliers, and for the types with an offset the sparse numbers; normal numbers are at
+/// about half of a limit.
 pub fn relative_rmse_limit(ty: GgmlType) -> f64 {
     match ty {
         GgmlType::F32 => 0.0,
-        GgmlType::F16 => 0.0005,
-        GgmlType::Bf16 => 0.004,
-        GgmlType::Q8_0 => 0.02,
-        GgmlType::Q6K => 0.05,
-        GgmlType::Q5_0 | GgmlType::Q5_1 | GgmlType::Q5K => 0.1,
-        GgmlType::Q4_0 | GgmlType::Q4_1 | GgmlType::Q4K | GgmlType::Iq4Nl | GgmlType::Iq4Xs => 0.2,
-        GgmlType::Q3K => 0.35,
-        GgmlType::Q2K => 0.6,
+        GgmlType::F16 => 1.0 / 2048.0,
+        GgmlType::Bf16 => 1.0 / 256.0,
+        GgmlType::Q8_0 => 0.015,
+        GgmlType::Q6K => 0.042,
+        GgmlType::Q5_0 => 0.105,
+        GgmlType::Q5_1 => 0.08,
+        GgmlType::Q5K => 0.068,
+        GgmlType::Q4_0 => 0.19,
+        GgmlType::Q4_1 => 0.167,
+        GgmlType::Q4K => 0.135,
+        GgmlType::Iq4Nl => 0.15,
+        GgmlType::Iq4Xs => 0.153,
+        GgmlType::Q3K => 0.29,
+        GgmlType::Q2K => 0.47,
     }
 }
 

@@ -233,7 +233,7 @@ fn every_type_keeps_seeded_and_trained_weights_within_its_limit_and_no_type_has_
             worst = worst.max(stats.relative_rmse());
         }
         let limit = relative_rmse_limit(ty);
-        assert!(worst <= limit && worst >= 0.25 * limit, "{ty}: relative RMSE {worst:.6}, limit {limit}");
+        assert!(worst <= limit && worst >= 0.4 * limit, "{ty}: relative RMSE {worst:.6}, limit {limit}");
     }
 }
 
