@@ -1,6 +1,7 @@
 //! The readable reference model and helpers for the tests in `tests/`.
 
 pub mod alloc_count;
+pub mod checkpoint_builder;
 pub mod gguf_builder;
 pub mod goldens;
 pub mod load_reference;

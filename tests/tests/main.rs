@@ -11,6 +11,7 @@ mod kernels;
 mod quality;
 mod reference;
 mod tokenizer;
+mod traps;
 
 /// Counts, so that the readers' tests can bound what a file makes them allocate.
 #[global_allocator]

@@ -124,8 +124,9 @@ impl Checkpoint {
             .map(|tokenizer| tokenizer.padded_to(checkpoint.hyperparams.vocab_size))
             .transpose()
             .map_err(|e| e.file(&checkpoint.dir.join("tokenizer.json")))?;
-        if checkpoint.tokenizer.is_none() {
-            checkpoint.warnings.push("the folder has no tokenizer.json".to_owned());
+        match &checkpoint.tokenizer {
+            Some(tokenizer) => checkpoint.warnings.extend(tokenizer.warnings.iter().cloned()),
+            None => checkpoint.warnings.push("the folder has no tokenizer.json".to_owned()),
         }
         Ok(checkpoint)
     }
