@@ -8,7 +8,7 @@ use std::path::PathBuf;
 
 /// Shrinks Falcon Mamba 7B and runs it: Hugging Face folder in, quantized GGUF out, text from the mapped file.
 #[derive(Parser)]
-#[command(name = "kestrel", version, max_term_width = 100, after_help = EXIT_STATUS)]
+#[command(name = "kestrel", version, after_help = EXIT_STATUS)]
 pub struct Cli {
     #[command(subcommand)]
     pub command: Command,

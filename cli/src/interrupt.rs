@@ -1,8 +1,8 @@
 //! SIGINT, SIGTERM and SIGHUP.
 //!
-//! A command that has something to put in order asks for [`flag`]: from then on the first signal sets the flag and the
-//! second ends the process. Until then the first signal ends the process. Either way the exit status is 130 and no
-//! temporary file stays.
+//! A signal ends the process at once, unless the command asked for [`flag`] because it has threads to stop: then the
+//! first signal sets the flag and the second ends the process. Either way the exit status is 130 and no temporary
+//! file stays.
 
 use kestrel_formats::{Error, ErrorKind, Result};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};

@@ -438,6 +438,22 @@ fn a_full_disk_behind_stdout_is_an_io_error() {
     assert_eq!((json["kind"].as_str(), json["exit_status"].as_i64()), (Some("Io"), Some(3)));
 }
 
+fn kill(child: &std::process::Child, signal: &str) {
+    Command::new("sh").arg("-c").arg(format!("kill -{signal} {}", child.id())).output().unwrap();
+}
+
+#[test]
+fn generation_can_be_interrupted() {
+    let args = args!["run", tiny(), "-p", "It was", "-n", "100000000", "--ignore-eos"];
+    let mut child = command(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut first = [0];
+    std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut first).unwrap();
+    kill(&child, "INT");
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), stderr(&output).as_str()), (Some(130), ""));
+    assert!(!output.stdout.is_empty(), "text is streamed, not printed at the end");
+}
+
 /// Interrupts a conversion while its temporary file is there.
 fn interrupted_conversion(folder: &Folder, signal: &str) -> Option<Output> {
     let args = args!["convert", tiny(), "-o", folder.path("x.gguf"), "--type", "q2_k", "--threads", "1"];
@@ -445,7 +461,7 @@ fn interrupted_conversion(folder: &Folder, signal: &str) -> Option<Output> {
     while child.try_wait().unwrap().is_none() && !folder.names().iter().any(|n| n.contains("partial")) {
         std::thread::sleep(std::time::Duration::from_millis(1));
     }
-    Command::new("sh").arg("-c").arg(format!("kill -{signal} {}", child.id())).output().unwrap();
+    kill(&child, signal);
     let output = child.wait_with_output().unwrap();
     (output.status.code() != Some(0)).then_some(output)
 }

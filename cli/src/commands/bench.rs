@@ -1,7 +1,6 @@
 //! `kestrel bench`: how fast a model reads and writes on this machine.
 
 use crate::failure::Outcome;
-use crate::interrupt;
 use crate::model::ModelArgs;
 use crate::output::{self, Table};
 use clap::Args;
@@ -91,7 +90,6 @@ pub fn run(args: &BenchArgs) -> Outcome {
 
 fn decode(session: &mut Session, tokens: &mut Tokens, n: u32) -> Result<()> {
     for _ in 0..n {
-        interrupt::check()?;
         session.prefill(&[tokens.next()])?;
     }
     Ok(())
@@ -99,7 +97,6 @@ fn decode(session: &mut Session, tokens: &mut Tokens, n: u32) -> Result<()> {
 
 /// Tokens per second of `work`; nothing to measure is no figure.
 fn rate(n_tokens: u32, work: impl FnOnce() -> Result<()>) -> Result<Option<f64>> {
-    interrupt::check()?;
     let started = Instant::now();
     work()?;
     let seconds = started.elapsed().as_secs_f64();

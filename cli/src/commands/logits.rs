@@ -56,7 +56,7 @@ pub fn run(args: &LogitsArgs) -> Outcome {
     let mut written = Ok(());
     session.prefill_with_logits(tokens, |row, logits| {
         if written.is_ok() {
-            written = npy.row(row, logits).and_then(|()| interrupt::check());
+            written = npy.row(row, logits);
         }
     })?;
     written?;

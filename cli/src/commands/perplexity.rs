@@ -129,7 +129,6 @@ impl Evaluation {
     }
 
     fn window(&mut self, session: &mut Session, tokens: &[u32]) -> Result<()> {
-        interrupt::check()?;
         let scored = scored(tokens.len());
         let (Some(unscored), Some(read), Some(next)) =
             (tokens.get(..scored.start), tokens.get(scored.clone()), tokens.get(scored.start + 1..))

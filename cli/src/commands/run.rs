@@ -10,7 +10,7 @@ use kestrel_formats::atomic_file::{AtomicFile, check_target};
 use kestrel_formats::{Error, ErrorKind, Result};
 use kestrel_runtime::State;
 use kestrel_runtime::sampler::{Sampler, SamplerOptions};
-use kestrel_runtime::session::{GenerateOptions, Session, Stop};
+use kestrel_runtime::session::{GenerateOptions, Session};
 use kestrel_runtime::tokenizer::Tokenizer;
 use std::io::IsTerminal;
 use std::ops::ControlFlow;
@@ -114,9 +114,6 @@ struct StateArgs {
     force: bool,
 }
 
-/// Tokens read between two looks at the keyboard.
-const PREFILL_CHUNK: usize = 1024;
-
 pub fn run(args: &RunArgs) -> Outcome {
     let sampling = args.sampling.options();
     let mut sampler = Sampler::new(sampling.clone())?;
@@ -135,10 +132,7 @@ pub fn run(args: &RunArgs) -> Outcome {
         output::text(&text)?;
     }
     let started = Instant::now();
-    for chunk in tokens.chunks(PREFILL_CHUNK) {
-        interrupt::check()?;
-        session.prefill(chunk)?;
-    }
+    session.prefill(&tokens)?;
     tokens.iter().for_each(|&t| sampler.accept(t));
     let prefill_s = started.elapsed().as_secs_f64();
     let n_generated = args.generate(&mut session, &mut sampler, &tokenizer)?;
@@ -187,27 +181,23 @@ impl RunArgs {
         };
         let mut n_generated = 0;
         let mut failure = None;
-        let stop = session.generate(sampler, tokenizer, &options, |token, piece| {
+        session.generate(sampler, tokenizer, &options, |token, piece| {
             n_generated += u64::from(token.is_some());
-            if let Err(e) = output::text(piece) {
-                failure = Some(e);
-                return ControlFlow::Break(());
-            }
-            match interrupt::check() {
+            match output::text(piece) {
                 Ok(()) => ControlFlow::Continue(()),
                 Err(e) => {
-                    failure = Some(e.into());
+                    failure = Some(e);
                     ControlFlow::Break(())
                 }
             }
         })?;
+        if let Some(failure) = failure {
+            return Err(failure);
+        }
         if std::io::stdout().is_terminal() {
             output::text("\n")?;
         }
-        match (stop, failure) {
-            (Stop::Caller, Some(failure)) => Err(failure),
-            _ => Ok(n_generated),
-        }
+        Ok(n_generated)
     }
 }
 
