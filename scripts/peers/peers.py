@@ -1,0 +1,87 @@
+#!/usr/bin/env python3
+"""Every type that we write, read by llama.cpp (xllamacpp) and by the gguf package. Started by scripts/peers/run.
+
+llama.cpp loads each file and its greedy continuation of three prompts equals ours for F32 and Q8_0 over 32 tokens; the
+gguf package dequantizes each tensor to the same values, bit for bit.
+"""
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import gguf
+import numpy as np
+import xllamacpp
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+BIN = pathlib.Path(sys.argv[1]).resolve()
+TINY = ROOT / "tests/data/tiny-falcon-mamba"
+TYPES = ("f32 f16 bf16 q8_0 q4_0 q4_1 q5_0 q5_1 q2_k q3_k_s q3_k_m q3_k_l q4_k_s q4_k_m q5_k_s q5_k_m q6_k iq4_nl "
+         "iq4_xs").split()
+SAME_TEXT = ("f32", "q8_0")
+GREEDY = json.loads((ROOT / "tests/data/logits/goldens.json").read_text())["models"]["tiny-falcon-mamba"]["greedy"]
+
+
+def kestrel(*args) -> str:
+    done = subprocess.run([BIN / "kestrel", *map(str, args)], capture_output=True, text=True)
+    assert done.returncode == 0, (args, done.stderr)
+    return done.stdout
+
+
+def ours(path, prompt) -> str:
+    return kestrel("run", path, "-p", prompt, "-n", 32, "--temp", 0)
+
+
+def llama_cpp(path) -> list:
+    """32 greedy tokens after each prompt, as text."""
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx, params.n_parallel, params.n_gpu_layers = 512, 1, 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 2
+    params.warmup = False
+    server = xllamacpp.Server(params)
+    texts = []
+    for g in GREEDY:
+        answer = server.handle_completions(json.dumps(dict(
+            prompt=g["prompt_tokens"], n_predict=32, temperature=0.0, ignore_eos=True, cache_prompt=False)))
+        answer = json.loads(answer) if isinstance(answer, (str, bytes)) else answer
+        texts.append(answer["content"] if "content" in answer else answer["choices"][0]["text"])
+    del server
+    return texts
+
+
+def check_dequantized(path, folder):
+    out = pathlib.Path(folder) / "dequantized"
+    out.mkdir(exist_ok=True)
+    subprocess.run([BIN / "examples/dequantize", path, out], check=True)
+    tensors = gguf.GGUFReader(path).tensors
+    assert len(tensors) == 63, len(tensors)
+    for t in tensors:
+        theirs = gguf.quants.dequantize(t.data, t.tensor_type).astype("<f4").reshape(-1)
+        mine = np.fromfile(out / f"{t.name}.f32", "<f4")
+        assert theirs.size == mine.size, t.name
+        assert (theirs.view(np.uint32) == mine.view(np.uint32)).all(), f"{path.name}: {t.name} ({t.tensor_type.name})"
+
+
+def main():
+    failures = []
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in TYPES:
+            path = pathlib.Path(folder) / f"{kind}.gguf"
+            kestrel("convert", TINY, "-o", path, "--type", kind)
+            check_dequantized(path, folder)
+            theirs = llama_cpp(path)
+            assert len(theirs) == 3 and all(theirs), (kind, theirs)
+            mine = [ours(path, g["prompt"]) for g in GREEDY]
+            # Our command line prints the prompt or not; what follows it is what counts.
+            mine = [m.removeprefix(g["prompt"]).rstrip("\n") for m, g in zip(mine, GREEDY)]
+            same = [m == t.rstrip("\n") for m, t in zip(mine, theirs)]
+            print(f"{kind}: loaded, dequantized alike, same text for {sum(same)} of 3", flush=True)
+            if kind in SAME_TEXT and not all(same):
+                failures.append((kind, mine, theirs))
+            path.unlink()
+    assert not failures, failures
+
+
+main()
