@@ -29,14 +29,14 @@ impl Bar {
 
 impl Progress for Bar {
     fn phase(&self, phase: Phase, read_bytes: u64, _write_bytes: u64) {
-        self.0.reset();
-        self.0.set_length(read_bytes);
-        self.0.set_message("");
         self.0.set_prefix(match phase {
             Phase::Convert => "converting",
             Phase::Check => "checking",
             Phase::Verify => "verifying",
         });
+        self.0.set_message("");
+        self.0.set_length(read_bytes);
+        self.0.reset();
     }
 
     fn tensor(&self, name: &str) {
