@@ -242,7 +242,7 @@ fn blocks_are_independent_of_their_company() {
     let x = weights("heavy", 256 * 11);
     for ty in GgmlType::all() {
         let whole = quantize(ty, &x, None);
-        let parts: Vec<u8> = x.chunks(256).flat_map(|part| quantize(ty, part, None)).collect();
+        let parts: Vec<u8> = x.chunks(ty.block_len()).flat_map(|part| quantize(ty, part, None)).collect();
         assert!(whole == parts, "{ty}");
     }
 }
@@ -348,4 +348,26 @@ fn recipes_pick_the_types_that_llama_quantize_picks() {
         }
     }
     assert!(checked > 300, "only {checked} tensors in the golden file");
+}
+
+/// What `llama_model_quantize` of llama-cpp-python 0.3.36 made of the tiny model with these `tt_overrides`.
+#[test]
+fn overrides_act_as_in_llama_quantize() {
+    let types = |file_type: FileType, overrides: &[(&str, GgmlType)]| {
+        let overrides: Vec<_> = overrides.iter().map(|(p, t)| (p.to_string(), *t)).collect();
+        let recipe = Recipe::new(file_type, &overrides).unwrap();
+        [
+            "token_embd.weight",
+            "blk.0.ssm_conv1d.weight",
+            "blk.0.ssm_x.weight",
+            "blk.0.ssm_in.weight",
+            "output.weight",
+        ]
+        .map(|name| recipe.tensor_type(spec_of(name), name, 256, false).name())
+    };
+    let overrides = [("ssm_x", GgmlType::Q8_0), ("ssm_", GgmlType::Q5K), ("output", GgmlType::Q4_0)];
+    assert_eq!(types(FileType::Q4KM, &overrides), ["Q4_K", "F32", "Q8_0", "Q5_K", "Q4_0"]);
+    assert_eq!(types(FileType::F16, &overrides), ["F16", "F32", "F16", "F16", "F16"]);
+    let overrides = [("ssm_conv1d", GgmlType::Q8_0), ("token_embd", GgmlType::F16)];
+    assert_eq!(types(FileType::Q8_0, &overrides), ["F16", "F32", "Q8_0", "Q8_0", "Q8_0"]);
 }
