@@ -400,3 +400,48 @@ impl<'de> Visitor<'de> for NumbersSeed<'_> {
         Ok(out)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use safetensors::SafeTensors;
+    use std::path::Path;
+
+    fn opened(path: &Path) -> Opened {
+        let file = std::fs::File::open(path).expect("the file");
+        let n_bytes = file.metadata().expect("its size").len();
+        Opened { path: path.to_owned(), file, n_bytes }
+    }
+
+    #[test]
+    fn the_crate_agrees() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/tiny-falcon-mamba");
+        for name in ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"] {
+            let header = read(&opened(&dir.join(name))).expect("our reading");
+            let bytes = std::fs::read(dir.join(name)).expect("the file");
+            let (n, theirs) = SafeTensors::read_metadata(&bytes).expect("the crate's reading");
+            assert_eq!(header.data_start, LENGTH_BYTES + n as u64);
+            assert_eq!(header.tensors.len(), theirs.tensors().len());
+            for (name, info) in &header.tensors {
+                let same = |other: &TensorInfo| {
+                    (info.dtype, &info.shape, info.data_offsets)
+                        == (other.dtype, &other.shape, other.data_offsets)
+                };
+                assert!(theirs.info(name).is_some_and(same), "{name}");
+            }
+        }
+    }
+
+    /// Why the crate's parser is not used: should this fail, it may have become strict enough.
+    #[test]
+    fn the_crate_accepts_a_name_twice() {
+        let header = br#"{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"x":{"dtype":"I32","shape":[1],"data_offsets":[0,4]}}"#;
+        let bytes = [&(header.len() as u64).to_le_bytes()[..], header, &[0; 4]].concat();
+        assert!(SafeTensors::deserialize(&bytes).is_ok());
+        let path = std::env::temp_dir().join(format!("kestrel-header-{}", std::process::id()));
+        std::fs::write(&path, &bytes).expect("a temporary file");
+        let kind = read(&opened(&path)).map(|_| ()).map_err(|e| e.kind());
+        std::fs::remove_file(&path).expect("removed");
+        assert_eq!(kind, Err(ErrorKind::Duplicate));
+    }
+}

@@ -115,7 +115,7 @@ impl TokenizerData {
         Ok(out)
     }
 
-    /// The metadata that llama.cpp reads, and [`EOS_LIST`] where one id does not say all.
+    /// The metadata that llama.cpp reads, and `kestrel.eos_token_ids` where one id does not say all.
     pub fn to_metadata(&self) -> Vec<(String, Value)> {
         let merge = |&(left, right): &(u32, u32)| {
             let text = |id: u32| self.tokens.get(id as usize).map_or(&[][..], Vec::as_slice);
