@@ -43,10 +43,9 @@ def llama_cpp(path) -> list:
     server = xllamacpp.Server(params)
     texts = []
     for g in GREEDY:
-        answer = server.handle_completions(json.dumps(dict(
-            prompt=g["prompt_tokens"], n_predict=32, temperature=0.0, ignore_eos=True, cache_prompt=False)))
-        answer = json.loads(answer) if isinstance(answer, (str, bytes)) else answer
-        texts.append(answer["content"] if "content" in answer else answer["choices"][0]["text"])
+        answer = server.handle_completions(dict(
+            prompt=g["prompt_tokens"], max_tokens=32, n_predict=32, temperature=0.0, cache_prompt=False))
+        texts.append(answer["choices"][0]["text"])
     del server
     return texts
 
