@@ -89,7 +89,7 @@ fn to_text(report: &VerifyReport) -> String {
         table.row([
             t.name.clone(),
             t.source_dtype.to_string(),
-            t.dtype.map_or("absent", |d| d.name()).to_owned(),
+            t.dtype.map_or("-", |d| d.name()).to_owned(),
             format!("{:.3e}", t.stats.rmse()),
             format!("{:.3e}", t.stats.relative_rmse()),
             format!("{:.1e}", t.limit),
