@@ -76,6 +76,7 @@ pub(crate) const PANEL_COLS: usize = 1024;
 pub(crate) const PANEL_ROWS: usize = 32;
 
 /// What one worker needs beside its registers; its size depends on nothing but the number of tokens.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // NEON has no panels of integers yet
 pub(crate) struct Scratch {
     /// Expanded weights: f32 [column][16] here, codes in an order of their own elsewhere.
     pub panel: Aligned<f32>,
