@@ -24,7 +24,10 @@ OUT = ROOT / "tests/data/logits"
 TINY = ROOT / "tests/data/tiny-falcon-mamba"
 TEXT = ROOT / "tests/data/texts/a-tale-of-two-cities-200000.txt"
 STEP = 32767
-PROMPTS = ["It was the best of times, it was", "He opened the door and", "When I was a boy"]
+# Of a dozen tried, those where the two best logits are furthest apart over the whole continuation. int8 activations cost
+# about 0.03 rms, and every prompt found comes near that somewhere: "He opened the door and" (0.029) parts ways between
+# llama.cpp's Q8_0 and ours, these three do not.
+PROMPTS = ["The old man", "When I was a boy", "“I do not know,” said"]
 
 
 def falcon(n_layer, **changes):
@@ -123,7 +126,7 @@ def tiny_golden():
             two = np.sort(last)[-2:]
             gap = min(gap, float(two[1] - two[0]))
             out.append(int(last.argmax()))
-        assert gap > 5e-3, f"{text}: greedy decoding nearly ties (gap {gap}): choose another prompt"
+        assert gap > 2e-2, f"{text}: greedy decoding nearly ties (gap {gap}): choose another prompt"
         entry["greedy"].append(dict(prompt=text, prompt_tokens=prompt, tokens=out[len(prompt):], smallest_gap=gap))
     return entry
 
