@@ -49,7 +49,9 @@ impl HyperParams {
     pub fn x_proj_scale(&self) -> f32 {
         match self.arch {
             Arch::Mamba => 1.0,
-            Arch::FalconMamba => (f64::from(self.layer_norm_epsilon) / f64::from(self.mixer_rms_eps)).sqrt() as f32,
+            Arch::FalconMamba => {
+                (f64::from(self.layer_norm_epsilon) / f64::from(self.mixer_rms_eps)).sqrt() as f32
+            }
         }
     }
 }
@@ -172,7 +174,8 @@ pub fn spec(role: Role) -> &'static TensorSpec {
 
 /// Every (row, layer) of a model in file order. `tied` leaves out the output matrix, which is then the embedding.
 pub fn tensors(h: &HyperParams, tied: bool) -> Vec<(&'static TensorSpec, usize)> {
-    let outer = |first: bool| TENSORS.iter().filter(move |t| !t.per_layer() && (t.role == Role::TokenEmbd) == first);
+    let outer =
+        |first: bool| TENSORS.iter().filter(move |t| !t.per_layer() && (t.role == Role::TokenEmbd) == first);
     let mut out: Vec<_> = outer(true).map(|t| (t, 0)).collect();
     for layer in 0..h.n_layer {
         out.extend(TENSORS.iter().filter(|t| t.per_layer()).map(|t| (t, layer)));

@@ -39,12 +39,12 @@ pub struct Runner<'m> {
 
 /// What lies between the operations of a layer, for at most `chunk` tokens.
 struct Buffers {
-    x: Vec<f32>,    // (t, d_model) the residual stream
-    normed: Acts,   // (t, d_model)
-    mixer: Mixer,   // u, z, dt: (d_inner, t) each, in blocks of channels
-    inner: Acts,    // (t, d_inner) u for x_proj, then y for out_proj
+    x: Vec<f32>,      // (t, d_model) the residual stream
+    normed: Acts,     // (t, d_model)
+    mixer: Mixer,     // u, z, dt: (d_inner, t) each, in blocks of channels
+    inner: Acts,      // (t, d_inner) u for x_proj, then y for out_proj
     dt_b_c: Vec<f32>, // (t, dt_rank + 2·d_state)
-    dt: Acts,       // (t, dt_rank)
+    dt: Acts,         // (t, dt_rank)
     logits: Vec<f32>, // (LOGIT_ROWS, vocab)
 }
 
@@ -97,7 +97,12 @@ impl<'m> Runner<'m> {
             let kind = act_kind(self.model.output_matrix(), self.precise);
             let eps = self.model.hparams().layer_norm_epsilon;
             self.compute.norm(x, &self.model.output_norm, eps, kind, &mut self.buffers.normed);
-            self.compute.matmul(&self.model.output_matrix().view(), &self.buffers.normed, logits, Then::Store);
+            self.compute.matmul(
+                &self.model.output_matrix().view(),
+                &self.buffers.normed,
+                logits,
+                Then::Store,
+            );
         }
     }
 

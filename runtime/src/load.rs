@@ -79,7 +79,9 @@ impl GgufSource<'_> {
         let name = arch::spec(role).gguf_name(layer);
         match self.file.tensor(&name) {
             Some(view) => Ok(view.info),
-            None => Err(Error::new(ErrorKind::Missing).file(self.file.path()).what(format!("tensor \"{name}\""))),
+            None => {
+                Err(Error::new(ErrorKind::Missing).file(self.file.path()).what(format!("tensor \"{name}\"")))
+            }
         }
     }
 }
@@ -120,7 +122,12 @@ impl CheckpointSource<'_> {
     }
 
     /// Reads weights `first..first + out.len()` of a tensor as f32.
-    fn read_f32(&self, t: &kestrel_formats::checkpoint::SourceTensor, first: usize, out: &mut [f32]) -> Result<()> {
+    fn read_f32(
+        &self,
+        t: &kestrel_formats::checkpoint::SourceTensor,
+        first: usize,
+        out: &mut [f32],
+    ) -> Result<()> {
         let size = t.dtype.block_bytes();
         let mut bytes = vec![0; out.len() * size];
         self.checkpoint.read(t, (first * size) as u64, &mut bytes)?;
@@ -140,12 +147,14 @@ impl CheckpointSource<'_> {
         let row_bytes = dtype.bytes_for(cols as u64).unwrap_or(0) as usize; // the recipe chose a type that divides
         let mut bytes = vec![0; rows * row_bytes];
         let rows_per_chunk = (CHUNK_WEIGHTS / cols.max(1)).max(1);
-        bytes.par_chunks_mut(rows_per_chunk * row_bytes).enumerate().try_for_each(|(i, out)| -> Result<()> {
-            let mut floats = vec![0.0; out.len() / row_bytes * cols];
-            self.read_f32(tensor, i * rows_per_chunk * cols, &mut floats)?;
-            codec.quantize(&floats, None, out);
-            Ok(())
-        })?;
+        bytes.par_chunks_mut(rows_per_chunk * row_bytes).enumerate().try_for_each(
+            |(i, out)| -> Result<()> {
+                let mut floats = vec![0.0; out.len() / row_bytes * cols];
+                self.read_f32(tensor, i * rows_per_chunk * cols, &mut floats)?;
+                codec.quantize(&floats, None, out);
+                Ok(())
+            },
+        )?;
         Matrix::new(dtype, rows, cols, Bytes::Owned(bytes))
     }
 }

@@ -2,9 +2,9 @@
 
 use crate::matrix::{Floats, Matrix};
 use crate::state::{State, StateShape, checksum};
+use kestrel_formats::Result;
 use kestrel_formats::arch::{HyperParams, Role};
 use kestrel_formats::tokenizer::TokenizerData;
-use kestrel_formats::Result;
 use std::path::{Path, PathBuf};
 
 /// Where a model's tensors come from: a GGUF file or a checkpoint folder.
@@ -19,25 +19,25 @@ pub(crate) trait WeightSource {
 /// One layer's weights; names as in GGUF.
 #[allow(missing_docs)] // the shapes say it
 pub struct Layer {
-    pub attn_norm: Floats,  // (d_model)
-    pub ssm_in: Matrix,     // (2·d_inner, d_model): x rows, then z rows
+    pub attn_norm: Floats,   // (d_model)
+    pub ssm_in: Matrix,      // (2·d_inner, d_model): x rows, then z rows
     pub conv_weight: Floats, // (d_inner, d_conv)
-    pub conv_bias: Floats,  // (d_inner)
-    pub ssm_x: Matrix,      // (dt_rank + 2·d_state, d_inner): dt, B, C
-    pub ssm_dt: Matrix,     // (d_inner, dt_rank)
-    pub dt_bias: Floats,    // (d_inner)
-    pub a: Floats,          // (d_inner, d_state), negative
-    pub d: Floats,          // (d_inner)
-    pub ssm_out: Matrix,    // (d_model, d_inner)
+    pub conv_bias: Floats,   // (d_inner)
+    pub ssm_x: Matrix,       // (dt_rank + 2·d_state, d_inner): dt, B, C
+    pub ssm_dt: Matrix,      // (d_inner, dt_rank)
+    pub dt_bias: Floats,     // (d_inner)
+    pub a: Floats,           // (d_inner, d_state), negative
+    pub d: Floats,           // (d_inner)
+    pub ssm_out: Matrix,     // (d_model, d_inner)
 }
 
 /// A loaded model. Immutable; any number of sessions may share it.
 pub struct Model {
     path: PathBuf,
     hparams: HyperParams,
-    pub(crate) token_embd: Matrix,    // (vocab, d_model)
+    pub(crate) token_embd: Matrix, // (vocab, d_model)
     pub(crate) layers: Vec<Layer>,
-    pub(crate) output_norm: Floats,   // (d_model)
+    pub(crate) output_norm: Floats,    // (d_model)
     pub(crate) output: Option<Matrix>, // (vocab, d_model); tied to token_embd if absent
     tokenizer: Option<TokenizerData>,
     fingerprint: u64,
@@ -105,7 +105,12 @@ impl Model {
     pub fn matrices(&self) -> impl Iterator<Item = (Role, &Matrix)> {
         let outer = [(Role::TokenEmbd, Some(&self.token_embd)), (Role::Output, self.output.as_ref())];
         let layers = self.layers.iter().flat_map(|l| {
-            [(Role::SsmIn, &l.ssm_in), (Role::SsmX, &l.ssm_x), (Role::SsmDt, &l.ssm_dt), (Role::SsmOut, &l.ssm_out)]
+            [
+                (Role::SsmIn, &l.ssm_in),
+                (Role::SsmX, &l.ssm_x),
+                (Role::SsmDt, &l.ssm_dt),
+                (Role::SsmOut, &l.ssm_out),
+            ]
         });
         outer.into_iter().filter_map(|(r, m)| m.map(|m| (r, m))).chain(layers)
     }

@@ -104,9 +104,11 @@ impl Sampler {
             return argmax(logits);
         }
         self.candidates.clear();
-        self.candidates.extend(
-            logits.iter().enumerate().map(|(id, &logit)| Candidate { id: id as u32, logit, weight: 0.0 }),
-        );
+        self.candidates.extend(logits.iter().enumerate().map(|(id, &logit)| Candidate {
+            id: id as u32,
+            logit,
+            weight: 0.0,
+        }));
         if penalised {
             self.penalise();
         }

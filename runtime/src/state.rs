@@ -58,6 +58,15 @@ impl StateShape {
     }
 }
 
+impl std::fmt::Debug for State {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("State")
+            .field("shape", &self.shape)
+            .field("n_tokens", &self.n_tokens)
+            .finish_non_exhaustive()
+    }
+}
+
 /// Magic and version of a saved state.
 const MAGIC: &[u8; 8] = b"KESTRELS";
 const VERSION: u32 = 1;
@@ -172,7 +181,10 @@ impl State {
                 .found(format!("{} bytes", payload.len())));
         }
         if file_checksum(&header[..48], payload) != u64_at(48) {
-            return Err(err(ErrorKind::Inconsistent).at(48).what("checksum").expected("that of the file's bytes"));
+            return Err(err(ErrorKind::Inconsistent)
+                .at(48)
+                .what("checksum")
+                .expected("that of the file's bytes"));
         }
         let numbers = payload.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
         for (to, from) in state.conv.iter_mut().chain(&mut state.ssm).zip(numbers) {
@@ -191,7 +203,8 @@ pub(crate) fn checksum(bytes: &[u8]) -> u64 {
     let mix = |h: u64, x: u64| (h ^ x).wrapping_mul(0x0000_0100_0000_01b3);
     let words = bytes.chunks_exact(8);
     let tail = words.remainder();
-    let h = words.fold(0xcbf2_9ce4_8422_2325, |h, w| mix(h, u64::from_le_bytes(w.try_into().unwrap_or_default())));
+    let h = words
+        .fold(0xcbf2_9ce4_8422_2325, |h, w| mix(h, u64::from_le_bytes(w.try_into().unwrap_or_default())));
     tail.iter().fold(h, |h, &b| mix(h, u64::from(b)))
 }
 

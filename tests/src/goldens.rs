@@ -129,8 +129,8 @@ impl Golden {
             let golden = &self.quantized[position * self.vocab_size..][..self.vocab_size];
             for (token, (&got, &want)) in row.iter().zip(golden).enumerate() {
                 let difference = (got.into() / self.max_abs[position] - f64::from(want) / self.step).abs();
-                // A NaN must come out as the worst, so "not at most" rather than "greater".
-                if !(difference <= worst) {
+                // A NaN must come out as the worst, whatever it is compared with.
+                if difference > worst || difference.is_nan() {
                     (worst, at) = (difference, (position, token));
                 }
             }
