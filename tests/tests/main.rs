@@ -8,6 +8,7 @@ mod forward;
 mod gguf_files;
 mod gguf_malformed;
 mod kernels;
+mod peers_formats;
 mod quality;
 mod reference;
 mod tokenizer;
