@@ -28,7 +28,8 @@ pub fn from_checkpoint(checkpoint: &Checkpoint) -> Reference {
     let h = *checkpoint.hyperparams();
     let mut tensors = Tensors::new();
     for (spec, layer) in arch::tensors(&h, checkpoint.tied()) {
-        let source = checkpoint.tensor(&spec.hf_name(layer)).expect("a validated checkpoint has every tensor");
+        let source =
+            checkpoint.tensor(&spec.hf_name(layer)).expect("a validated checkpoint has every tensor");
         let shape = (spec.shape)(&h);
         let mut bytes = vec![0; source.n_bytes as usize];
         checkpoint.read(source, 0, &mut bytes).expect("reading the tensor");

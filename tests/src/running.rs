@@ -35,7 +35,12 @@ pub fn on(isa: Isa, threads: usize) -> RunnerOptions {
 }
 
 /// Every logit [n_tokens, vocab_size] of tokens that are fed in pieces of these lengths, repeated as needed.
-pub fn logits_in_pieces(runner: &mut Runner<'_>, state: &mut State, tokens: &[u32], lengths: &[usize]) -> Vec<f32> {
+pub fn logits_in_pieces(
+    runner: &mut Runner<'_>,
+    state: &mut State,
+    tokens: &[u32],
+    lengths: &[usize],
+) -> Vec<f32> {
     let (mut logits, mut rest) = (Vec::new(), tokens);
     for &n in lengths.iter().cycle() {
         let (piece, after) = rest.split_at(n.min(rest.len()));
@@ -77,7 +82,7 @@ pub fn difference<A: Copy + Into<f64>, B: Copy + Into<f64>>(a: &[A], b: &[B], vo
         let max = a.iter().map(|&x| x.into().abs()).fold(0.0, f64::max);
         for (&x, &y) in a.iter().zip(b) {
             let d = (x.into() - y.into()).abs() / max;
-            if !(d <= worst) {
+            if d > worst || d.is_nan() {
                 worst = d; // a NaN comes out as the worst
             }
         }
