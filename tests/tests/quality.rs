@@ -1,6 +1,5 @@
 //! What quantization costs: KL divergence to the F32 model's logits on text that the tiny model never saw.
 #![allow(clippy::print_stderr)] // the table is for people to read
-#![allow(clippy::print_stderr)] // the table is half of what this test is for
 
 use kestrel_quant::recipe::FileType;
 use kestrel_runtime::evaluate::{Divergence, Perplexity, log_softmax, scored, windows};
