@@ -54,7 +54,7 @@ impl Reference {
         tokens.iter().map(|&token| self.step(&mut state, token)).collect()
     }
 
-    /// One token in, the logits for the next one out: [vocab_size].
+    /// One token in, the logits for the next one out: (vocab_size).
     pub fn step(&self, state: &mut State, token: u32) -> Vec<f64> {
         let h = &self.h;
         let embedding = self.tensor("token_embd.weight"); // [vocab_size, d_model]

@@ -177,7 +177,7 @@ impl Compute {
     }
 
     /// x, z := in_proj · `acts`; u := silu(conv(x) + bias). Leaves u in `mixer.u` and, as `kind`, in `u_acts`; z in
-    /// `mixer.z`. `state` is the layer's [channel / 16][d_conv - 1][16].
+    /// `mixer.z`. `state` is the layer's `[channel / 16][d_conv - 1][16]`.
     pub fn in_proj(
         &mut self,
         layer: &InProj<'_>,
@@ -223,7 +223,7 @@ impl Compute {
 
     /// Δ := softplus(dt_proj · `dt_acts` + bias), the selective scan over u with B and C of `x_dbc` (n_tokens,
     /// dt_rank + 2·d_state), and y := (scan + D·u) · silu(z). Leaves y in `mixer.u` and, as `kind`, in `y_acts`. `state`
-    /// is the layer's [channel / 16][d_state][16].
+    /// is the layer's `[channel / 16][d_state][16]`.
     #[allow(clippy::too_many_arguments)] // weights, inputs, state, outputs
     pub fn scan(
         &mut self,

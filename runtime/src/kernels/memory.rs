@@ -153,7 +153,7 @@ impl<'a> Out<'a> {
     }
 }
 
-/// Activations of the d_inner-wide part of a layer: [channel / 16][token][16], so that a range of channels is one
+/// Activations of the d_inner-wide part of a layer: `[channel / 16][token][16]`, so that a range of channels is one
 /// slice and 16 channels of a token are one vector. Channels beyond the last are padding.
 pub struct Channels {
     numbers: Aligned<f32>,

@@ -9,7 +9,7 @@
 //! blocks; a float product keeps several partial sums. Results depend on the instruction set and on how many tokens
 //! go together in rounding only, and not at all on the number of threads.
 //!
-//! The state of a sequence is laid out as [channel / 16][..][16] on every instruction set.
+//! The state of a sequence is laid out as `[channel / 16][..][16]` on every instruction set.
 
 // Loops over the registers of a tile index several arrays by the same number.
 #![allow(clippy::needless_range_loop)]
