@@ -177,7 +177,7 @@ impl<'de> Visitor<'de> for Strict<'_> {
 }
 
 /// serde_json hands every number out as a map with this one key when another crate of the same build switches its
-/// `arbitrary_precision` on (gguf-rs does, which the tests use).
+/// `arbitrary_precision` on: gguf-rs does, for us only a peer outside the workspace.
 const NUMBER_KEY: &str = "$serde_json::private::Number";
 
 /// The number that `text` is.

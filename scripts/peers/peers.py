@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Every type that we write, read by llama.cpp (xllamacpp) and by the gguf package. Started by scripts/peers/run.
+"""Every type that we write, read by llama.cpp (xllamacpp), the gguf package and gguf-rs. Started by scripts/peers/run.
 
 llama.cpp loads each file and its greedy continuation of three prompts equals ours for F32 and Q8_0 over 32 tokens; the
-gguf package dequantizes each tensor to the same values, bit for bit.
+gguf package dequantizes each tensor to the same values, bit for bit, also where gguf-rs says that it lies.
 """
 import json
 import pathlib
@@ -14,8 +14,10 @@ import gguf
 import numpy as np
 import xllamacpp
 
+import gguf_rs
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-BIN = pathlib.Path(sys.argv[1]).resolve()
+BIN, GGUF_RS = (pathlib.Path(a).resolve() for a in sys.argv[1:])
 TINY = ROOT / "tests/data/tiny-falcon-mamba"
 TYPES = ("f32 f16 bf16 q8_0 q4_0 q4_1 q5_0 q5_1 q2_k q3_k_s q3_k_m q3_k_l q4_k_s q4_k_m q5_k_s q5_k_m q6_k iq4_nl "
          "iq4_xs").split()
@@ -50,7 +52,8 @@ def llama_cpp(path) -> list:
     return texts
 
 
-def check_dequantized(path, folder):
+def check_dequantized(path, folder) -> pathlib.Path:
+    """Returns the folder with our values."""
     out = pathlib.Path(folder) / "dequantized"
     out.mkdir(exist_ok=True)
     subprocess.run([BIN / "examples/dequantize", path, out], check=True)
@@ -61,26 +64,29 @@ def check_dequantized(path, folder):
         mine = np.fromfile(out / f"{t.name}.f32", "<f4")
         assert theirs.size == mine.size, t.name
         assert (theirs.view(np.uint32) == mine.view(np.uint32)).all(), f"{path.name}: {t.name} ({t.tensor_type.name})"
+    return out
 
 
 def main():
-    failures = []
+    failures, types = [], set()
     with tempfile.TemporaryDirectory() as folder:
         for kind in TYPES:
             path = pathlib.Path(folder) / f"{kind}.gguf"
             kestrel("convert", TINY, "-o", path, "--type", kind)
-            check_dequantized(path, folder)
+            dequantized = check_dequantized(path, folder)
+            types |= gguf_rs.check(GGUF_RS, path, json.loads(kestrel("inspect", "--json", path)), dequantized)
             theirs = llama_cpp(path)
             assert len(theirs) == 3 and all(theirs), (kind, theirs)
             mine = [ours(path, g["prompt"]) for g in GREEDY]
             # Our command line prints the prompt or not; what follows it is what counts.
             mine = [m.removeprefix(g["prompt"]).rstrip("\n") for m, g in zip(mine, GREEDY)]
             same = [m == t.rstrip("\n") for m, t in zip(mine, theirs)]
-            print(f"{kind}: loaded, dequantized alike, same text for {sum(same)} of 3", flush=True)
+            print(f"{kind}: loaded, dequantized alike, gguf-rs agrees, same text for {sum(same)} of 3", flush=True)
             if kind in SAME_TEXT and not all(same):
                 failures.append((kind, mine, theirs))
             path.unlink()
     assert not failures, failures
+    assert gguf_rs.SIZE_TOO_SMALL.keys() < types, f"known wrong sizes that were not seen: {types}"
 
 
 main()

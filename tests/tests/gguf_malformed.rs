@@ -93,8 +93,28 @@ fn names_the_file(e: &Error) -> Result<(), String> {
     }
 }
 
+/// A folder in which the files of all container cases are kept when this is set: scripts/peers/gguf-rs/malformed.
+const KEEP_IN: &str = "KESTREL_MALFORMED_OUT";
+
+/// Writes the files of container cases, with what is expected of any reader in front of the name.
+fn keep(folder: &Path, cases: &[Case]) {
+    for (i, c) in cases.iter().enumerate().filter(|(_, c)| matches!(c.stage, Stage::Container)) {
+        let expected = match c.expect {
+            // Nothing is wrong with such a file, it is only that we do not read it.
+            Reject(Kind::Unsupported) | RejectAt(Kind::Unsupported, _) => "either-Unsupported".to_owned(),
+            Reject(kind) | RejectAt(kind, _) => format!("reject-{kind:?}"),
+            Accept | Warn(_) => "accept".to_owned(),
+        };
+        let name = format!("{expected}.{}.{i}.gguf", c.name.replace(' ', "_"));
+        std::fs::write(folder.join(name), &c.bytes).expect("writing a case");
+    }
+}
+
 /// Runs all cases and reports every failure.
 fn run(cases: Vec<Case>) {
+    if let Some(folder) = std::env::var_os(KEEP_IN) {
+        keep(Path::new(&folder), &cases);
+    }
     let dir = TempDir::new();
     let mut failures = Vec::new();
     for c in &cases {
