@@ -62,7 +62,73 @@ macro_rules! on_every_isa {
     })+ };
 }
 
-on_every_isa!(products, extreme_codes, activations, functions, norms, mixer, mixer_in_chunks, exact_sizes);
+on_every_isa!(
+    products,
+    extreme_codes,
+    activations,
+    functions,
+    norms,
+    mixer,
+    mixer_in_chunks,
+    exact_sizes,
+    same_bits
+);
+
+/// The bits, those of every NaN the same.
+fn bits(x: &[f32]) -> Vec<u32> {
+    x.iter().map(|x| if x.is_nan() { f32::NAN.to_bits() } else { x.to_bits() }).collect()
+}
+
+/// Every result is that of plain Rust, to the bit: products of all types with few and many tokens, the functions, the
+/// norm, a mixer with its states.
+fn same_bits(isa: Isa) {
+    let product = |isa, ty: GgmlType, cols: usize, tokens: usize, precise| {
+        let (bytes, _) = weights(ty, 35, cols, 99);
+        let mut c = Compute::new(isa, 1, 64);
+        let acts = acts(&mut c, tokens, cols, ActKind::for_weights(ty, precise), 77);
+        let mut out = Random::new(5).floats(tokens * 35);
+        c.matmul(&MatrixRef::new(ty, 35, cols, &bytes).unwrap(), &acts, &mut out, Then::Add);
+        bits(&out)
+    };
+    for ty in GgmlType::all() {
+        let blocks = |n: usize| n.next_multiple_of(ty.block_len());
+        // Odd and even blocks, less and more than a panel; around the tiles and the two paths.
+        for cols in [blocks(1), blocks(300), blocks(1100), blocks(2040)] {
+            for tokens in [1, 3, 4, 7, 8, 13, 35] {
+                for precise in [false, true] {
+                    let truth = product(Isa::Scalar, ty, cols, tokens, precise);
+                    let same = truth == product(isa, ty, cols, tokens, precise);
+                    assert!(same, "{} {ty} {cols} columns, {tokens} tokens, precise {precise}", isa.name());
+                }
+            }
+        }
+    }
+    let mut ys = [kernels(Isa::Scalar), kernels(isa)].map(|k| {
+        let mut x = all_magnitudes();
+        x.extend([f32::INFINITY, f32::NEG_INFINITY, f32::NAN]);
+        let mut norm = Random::new(8).floats(4099);
+        k.rms_norm(&mut norm, 1e-5);
+        let run = |f: &dyn Fn(&mut [f32])| {
+            let mut y = x.clone();
+            f(&mut y);
+            bits(&y)
+        };
+        [run(&|x| k.exp(x)), run(&|x| k.silu(x)), run(&|x| k.softplus(x)), bits(&norm)].into_iter()
+    });
+    for what in ["exp", "silu", "softplus", "norm"] {
+        let [truth, got] = [ys[0].next(), ys[1].next()];
+        assert!(truth == got, "{} {what}", isa.name());
+    }
+    for case in mixer_cases() {
+        for chunks in [&[MIXER_TOKENS][..], &[1; MIXER_TOKENS]] {
+            let [truth, got] = [Isa::Scalar, isa].map(|isa| case.run(isa, 1, chunks));
+            let same = [(truth.0, got.0), (truth.1, got.1), (truth.2, got.2)]
+                .iter()
+                .all(|(truth, got)| bits(truth) == bits(got));
+            assert!(same, "{} mixer, d_inner {}, chunks {chunks:?}", isa.name(), case.d_inner);
+        }
+    }
+}
 
 /// Weights of a type from random floats, and the matrix in f32.
 fn weights(ty: GgmlType, rows: usize, cols: usize, seed: u64) -> (Vec<u8>, Vec<f32>) {

@@ -7,7 +7,8 @@
 
 use super::memory::LANES;
 
-/// Sixteen f32.
+/// Sixteen f32. Every function gives the same bits on every instruction set, but for those of a NaN and the sign of a
+/// rounded 0.
 ///
 /// # Safety
 /// All functions require that the instruction set is present; pointers are valid for 16 numbers of their type.
@@ -26,7 +27,7 @@ pub(crate) trait Lanes: Copy {
     unsafe fn sub(self, b: Self) -> Self;
     unsafe fn mul(self, b: Self) -> Self;
     unsafe fn div(self, b: Self) -> Self;
-    /// self·b + c, rounded once or twice.
+    /// self·b + c, rounded once.
     unsafe fn mul_add(self, b: Self, c: Self) -> Self;
     unsafe fn abs(self) -> Self;
     /// The smaller; `self` if it is NaN.
@@ -37,6 +38,7 @@ pub(crate) trait Lanes: Copy {
     unsafe fn round(self) -> Self;
     /// self·2^n for integral n in -160..=160, rounded once.
     unsafe fn scale_by_power(self, n: Self) -> Self;
+    /// Lanes i + 8 are added to lanes i < 8, of these i + 4 to i < 4, then i + 2 and i + 1.
     unsafe fn sum(self) -> f32;
     unsafe fn largest(self) -> f32;
     /// Stores integral numbers within -128..=127 as bytes and returns their sum.

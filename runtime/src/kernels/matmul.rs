@@ -103,7 +103,9 @@ impl Scratch {
     }
 }
 
-/// From this many tokens on, weights are expanded into a panel that all tokens share.
+/// From this many tokens on, weights are expanded into a panel that all tokens share; with int8 activations.
+pub(crate) const INT_PANEL_TOKENS: usize = 8;
+/// The same with f32 activations.
 const F32_PANEL_TOKENS: usize = 4;
 
 /// Weights of any type times f32 activations.

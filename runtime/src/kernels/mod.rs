@@ -5,9 +5,12 @@
 //! uses [`Compute`], which splits each operation over the threads and holds their scratch; nothing outside this folder
 //! and the pool is `unsafe`.
 //!
-//! Numerics: an integer product is exact within a block (the same integers on every instruction set) and f32 across
-//! blocks; a float product keeps several partial sums. Results depend on the instruction set and on how many tokens
-//! go together in rounding only, and not at all on the number of threads.
+//! Numerics: an integer product is exact within a block (of 32 weights, or a sub-block) and f32 across blocks; a float
+//! product keeps several partial sums. The order of these sums is one for few tokens, where a row is sixteen lanes of
+//! partial sums, and one for many, where tokens share an expanded panel; so how many tokens go together changes the
+//! rounding. Nothing else does: each operation rounds the same way and in the same order on every instruction set
+//! (multiply-adds are fused, also where that takes more than one instruction), whatever its tiles are, and for any
+//! number of threads. `blocks.rs` has the orders of the integer products in plain Rust.
 //!
 //! The state of a sequence is laid out as `[channel / 16][..][16]` on every instruction set.
 
@@ -15,6 +18,7 @@
 #![allow(clippy::needless_range_loop)]
 
 mod acts;
+mod blocks;
 mod compute;
 mod elementwise;
 mod isa;

@@ -2,11 +2,10 @@
 
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for the contracts of `Lanes` and `matmul::Matmul` alone
 
+use super::blocks::{self, QUADS};
 use super::lanes::Lanes;
-use super::matmul::Job;
+use super::matmul::{Job, Scratch};
 use super::memory::LANES;
-use kestrel_formats::GgmlType;
-use kestrel_quant::codec::{f16_at, iq4, q2_k, q3_k, q4, q4_k, q5, q5_k, q6_k, q8_0};
 
 /// Sixteen f32 as an array.
 #[derive(Clone, Copy)]
@@ -62,8 +61,7 @@ impl Lanes for Scalar {
     }
     #[inline(always)]
     unsafe fn mul_add(self, b: Self, c: Self) -> Self {
-        // Not `f32::mul_add`, which is a slow library call where the target has no such instruction.
-        Self(std::array::from_fn(|i| self.0[i] * b.0[i] + c.0[i]))
+        Self(std::array::from_fn(|i| fused(self.0[i], b.0[i], c.0[i])))
     }
     #[inline(always)]
     unsafe fn abs(self) -> Self {
@@ -111,134 +109,69 @@ impl Lanes for Scalar {
     }
 }
 
-/// A block taken apart: `weight = d * scale(sub-block) * code - dmin * min(sub-block)`.
-pub(crate) struct Parts {
-    pub d: f32,
-    pub dmin: f32,
-    pub codes: [i8; 256],
-    /// Per sub-block of [`sub_len`].
-    pub scales: [i32; 16],
-    pub mins: [i32; 16],
+/// a·b + c, rounded once: `f32::mul_add`, which is a slow library call where the target has no such instruction, and
+/// this code is what runs on machines without one.
+///
+/// The product is exact in f64. Its sum with c is rounded there to odd (if inexact, to the neighbour whose last bit is
+/// set), which the second rounding, to f32, cannot mistake for a tie.
+#[inline(always)]
+pub(super) fn fused(a: f32, b: f32, c: f32) -> f32 {
+    if cfg!(any(target_feature = "fma", target_arch = "aarch64")) {
+        return a.mul_add(b, c);
+    }
+    let (p, c) = (f64::from(a) * f64::from(b), f64::from(c));
+    let sum = p + c;
+    let c_part = sum - p;
+    let rest = (p - (sum - c_part)) + (c - c_part); // what the sum lacks, exactly; NaN if it is not finite
+    let outward = if (rest > 0.0) == (sum > 0.0) { 1i64 } else { -1 };
+    let step = if rest.abs() > 0.0 { outward } else { 0 };
+    let bits = sum.to_bits();
+    let if_even = (bits & 1).wrapping_sub(1);
+    f64::from_bits(bits.wrapping_add(step as u64 & if_even)) as f32
 }
 
-/// Weights that share an integer scale.
-pub(crate) fn sub_len(ty: GgmlType) -> usize {
-    match ty {
-        GgmlType::Q2K => q2_k::SUB,
-        GgmlType::Q3K => q3_k::SUB,
-        GgmlType::Q6K => q6_k::SUB,
-        _ => 32,
-    }
-}
-
-/// Takes one block of a quantized type apart; `block` has exactly its bytes.
-pub(crate) fn parts(ty: GgmlType, block: &[u8]) -> Parts {
-    fn exactly<const N: usize>(block: &[u8]) -> &[u8; N] {
-        block.try_into().expect("one block")
-    }
-    let mut p = Parts { d: 0.0, dmin: 0.0, codes: [0; 256], scales: [1; 16], mins: [0; 16] };
-    match ty {
-        GgmlType::Q8_0 => p.small(&q8_0::codes(exactly(block)), f16_at(block, q8_0::D), 0.0),
-        GgmlType::Q4_0 => p.small(&q4::q4_0_codes(exactly(block)), f16_at(block, q4::D), 0.0),
-        GgmlType::Q4_1 => {
-            p.small(&q4::q4_1_codes(exactly(block)), f16_at(block, q4::D), f16_at(block, q4::M))
-        }
-        GgmlType::Q5_0 => p.small(&q5::q5_0_codes(exactly(block)), f16_at(block, q5::D), 0.0),
-        GgmlType::Q5_1 => {
-            p.small(&q5::q5_1_codes(exactly(block)), f16_at(block, q5::D), f16_at(block, q5::M))
-        }
-        GgmlType::Iq4Nl => p.small(&iq4::nl_codes(exactly(block)), f16_at(block, iq4::D), 0.0),
-        GgmlType::Q2K => {
-            let b = exactly(block);
-            p.large(q2_k::codes(b), f16_at(block, q2_k::D), f16_at(block, q2_k::DMIN), |j| {
-                let (s, m) = q2_k::scale_min(b, j);
-                (s.into(), m.into())
-            });
-        }
-        GgmlType::Q3K => {
-            let b = exactly(block);
-            p.large(q3_k::codes(b), f16_at(block, q3_k::D), 0.0, |j| (q3_k::scale(b, j).into(), 0));
-        }
-        GgmlType::Q4K => {
-            let b = exactly(block);
-            p.large(q4_k::codes(b), f16_at(block, q4_k::D), f16_at(block, q4_k::DMIN), |j| {
-                let (s, m) = q4_k::scale_min(q4_k::packed_scales(b), j % 8);
-                (s.into(), m.into())
-            });
-        }
-        GgmlType::Q5K => {
-            let b = exactly(block);
-            p.large(q5_k::codes(b), f16_at(block, q5_k::D), f16_at(block, q5_k::DMIN), |j| {
-                let (s, m) = q4_k::scale_min(q5_k::packed_scales(b), j % 8);
-                (s.into(), m.into())
-            });
-        }
-        GgmlType::Q6K => {
-            let b = exactly(block);
-            p.large(q6_k::codes(b), f16_at(block, q6_k::D), 0.0, |j| (q6_k::scale(b, j).into(), 0));
-        }
-        GgmlType::Iq4Xs => {
-            let b = exactly(block);
-            p.large(iq4::xs_codes(b), f16_at(block, iq4::D), 0.0, |j| (iq4::xs_scale(b, j % 8).into(), 0));
-        }
-        GgmlType::F32 | GgmlType::F16 | GgmlType::Bf16 => unreachable!("{ty} has no blocks"),
-    }
-    p
-}
-
-impl Parts {
-    /// A block of 32 whose offset is `m`.
-    fn small(&mut self, codes: &[i8; 32], d: f32, m: f32) {
-        self.codes[..32].copy_from_slice(codes);
-        (self.d, self.dmin, self.mins[0]) = (d, -m, 1);
-    }
-
-    fn large(&mut self, codes: [i8; 256], d: f32, dmin: f32, scale_min: impl Fn(usize) -> (i32, i32)) {
-        (self.codes, self.d, self.dmin) = (codes, d, dmin);
-        for j in 0..16 {
-            (self.scales[j], self.mins[j]) = scale_min(j);
-        }
-    }
-}
-
-/// Weights times int8 activations: integer sums within a block, f32 across blocks.
+/// Weights times int8 activations.
 ///
 /// # Safety
 /// [`super::matmul::Matmul`].
-pub(crate) unsafe fn int_matmul(job: &Job<'_>, _scratch: &mut super::matmul::Scratch) {
-    let bytes = job.weights.dtype.block_bytes();
-    for row0 in job.rows.clone().step_by(LANES) {
-        let n_rows = LANES.min(job.rows.end - row0);
-        for t0 in (0..job.acts.n_tokens()).step_by(TOKENS) {
-            let tokens = t0..(t0 + TOKENS).min(job.acts.n_tokens());
-            let mut out = [[0.0; LANES]; TOKENS];
-            for r in 0..n_rows {
-                for (b, block) in job.weights.row(row0 + r).chunks_exact(bytes).enumerate() {
-                    let parts = parts(job.weights.dtype, block);
-                    for t in tokens.clone() {
-                        out[t - t0][r] += block_product(job, &parts, t, b);
-                    }
-                }
-            }
-            for t in tokens {
-                job.out.put(row0, t, &out[t - t0][..n_rows]);
-            }
-        }
-    }
+pub(crate) unsafe fn int_matmul(job: &Job<'_>, _scratch: &mut Scratch) {
+    blocks::int_matmul(job, quads);
 }
 
-/// Tokens that share the taking apart of a block.
-const TOKENS: usize = 16;
-
-/// One block times the activations of its columns.
-fn block_product(job: &Job<'_>, p: &Parts, t: usize, b: usize) -> f32 {
-    let (len, sub) = (job.weights.dtype.block_len(), sub_len(job.weights.dtype));
-    let codes = &job.acts.codes(t)[b * len..][..len];
-    let (mut dot, mut mins) = (0i32, 0i32);
-    for (j, (w, a)) in p.codes[..len].chunks_exact(sub).zip(codes.chunks_exact(sub)).enumerate() {
-        let products: i32 = w.iter().zip(a).map(|(&w, &a)| i32::from(w) * i32::from(a)).sum();
-        dot += p.scales[j] * products;
-        mins += p.mins[j] * a.iter().map(|&a| i32::from(a)).sum::<i32>();
+/// Sums of four products each.
+fn quads(w: &[i8], x: &[i8]) -> [i32; QUADS] {
+    let mut sums = [0; QUADS];
+    for ((w, x), sum) in w.as_chunks::<4>().0.iter().zip(x.as_chunks::<4>().0).zip(&mut sums) {
+        *sum = (0..4).map(|i| i32::from(w[i]) * i32::from(x[i])).sum();
     }
-    job.acts.scales(t)[b] * (p.d * dot as f32 - p.dmin * mins as f32)
+    sums
+}
+
+#[cfg(test)]
+mod tests {
+    use super::fused;
+
+    #[test]
+    fn fused_rounds_once() {
+        let mut state = 1u64;
+        let mut bits = || {
+            state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (state >> 32) as u32
+        };
+        for i in 0..2_000_000 {
+            let (a, b) = (f32::from_bits(bits()), f32::from_bits(bits()));
+            // Anything; the neighbourhood of the product; the product cancelled; denormal results.
+            let c = match i % 4 {
+                0 => f32::from_bits(bits()),
+                1 => a * b * (bits() as f32 - 2e9) / 1e9,
+                2 => -(a * b),
+                _ => f32::from_bits(bits() & 0x80ff_ffff),
+            };
+            let (got, truth) = (fused(a, b, c), a.mul_add(b, c));
+            assert!(
+                got.to_bits() == truth.to_bits() || got.is_nan() && truth.is_nan(),
+                "{a:e} {b:e} {c:e}: {got:e}"
+            );
+        }
+    }
 }

@@ -99,7 +99,9 @@ impl Lanes for Neon {
     #[inline(always)]
     unsafe fn sum(self) -> f32 {
         let [a, b, c, d] = self.0;
-        vaddvq_f32(vaddq_f32(vaddq_f32(a, b), vaddq_f32(c, d)))
+        let x = vaddq_f32(vaddq_f32(a, c), vaddq_f32(b, d));
+        let x = vadd_f32(vget_low_f32(x), vget_high_f32(x));
+        vget_lane_f32::<0>(x) + vget_lane_f32::<1>(x)
     }
     #[inline(always)]
     unsafe fn largest(self) -> f32 {

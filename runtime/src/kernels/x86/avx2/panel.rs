@@ -176,22 +176,10 @@ fn bias_term(bias: u8, sum: i32) -> i32 {
     if bias == 128 { 0 } else { i32::from(bias) * sum }
 }
 
-/// Adds to eight sums of rows: `dot · scale + offset · term`.
+/// Eight rows' numbers times one, added to their sums.
 #[inline(always)]
-unsafe fn add_scaled<const HAS_OFFSET: bool>(
-    panel: &Panel,
-    at: usize,
-    dot: __m256i,
-    factor: f32,
-    term: f32,
-    sum: __m256,
-) -> __m256 {
-    let scale = _mm256_mul_ps(_mm256_loadu_ps(panel.scales.add(at)), _mm256_set1_ps(factor));
-    let sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), scale, sum);
-    match HAS_OFFSET {
-        true => _mm256_fmadd_ps(_mm256_loadu_ps(panel.offsets.add(at)), _mm256_set1_ps(term * factor), sum),
-        false => sum,
-    }
+unsafe fn add_product(rows: *const f32, factor: __m256, sum: __m256) -> __m256 {
+    _mm256_fmadd_ps(factor, _mm256_loadu_ps(rows), sum)
 }
 
 /// Adds `T` tokens times a panel of a type with blocks of 32 to the sums.
@@ -215,16 +203,22 @@ unsafe fn sweep_small<F: Small, const T: usize>(
         };
         for half in 0..2 {
             for i in 0..T {
-                let factor = job.acts.scales(t0 + i)[k0 / 32 + sub];
-                let (at, dot, term) = (sub * LANES + 8 * half, dots[half][i], terms[i] as f32);
-                sums[half][i] = match F::HAS_M {
-                    true => add_scaled::<true>(panel, at, dot, factor, term, sums[half][i]),
-                    false => add_scaled::<false>(panel, at, dot, factor, term, sums[half][i]),
-                };
+                let (at, factor) = (sub * LANES + 8 * half, job.acts.scales(t0 + i)[k0 / 32 + sub]);
+                let dot = _mm256_mul_ps(_mm256_cvtepi32_ps(dots[half][i]), _mm256_set1_ps(factor));
+                sums[half][i] = add_product(panel.scales.add(at), dot, sums[half][i]);
+                if F::HAS_M {
+                    let term = _mm256_set1_ps(terms[i] as f32 * factor);
+                    sums[half][i] = add_product(panel.offsets.add(at), term, sums[half][i]);
+                }
             }
         }
     }
-    store_sums(panel, t0, sums);
+    for half in 0..2 {
+        for i in 0..T {
+            let to = panel.sums.add((t0 + i) * LANES + 8 * half);
+            _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), sums[half][i]));
+        }
+    }
 }
 
 /// Adds `T` tokens times a panel of a type with blocks of 256 to the sums.
@@ -237,41 +231,39 @@ unsafe fn sweep_large<F: Large, const T: usize>(
     n: usize,
 ) {
     let x: [*const i8; T] = std::array::from_fn(|i| job.acts.codes(t0 + i)[k0..].as_ptr());
-    let mut sums = [[_mm256_setzero_ps(); T]; 2];
-    for sub in 0..n / F::SUB {
-        let column = k0 + sub * F::SUB;
-        let terms: [i32; T] = std::array::from_fn(|i| match F::SUB {
-            16 => job.acts.sums16(t0 + i)[column / 16],
-            _ => job.acts.sums32(t0 + i)[column / 32],
-        });
-        let bias = terms.map(|sum| bias_term(F::BIAS, sum));
-        let dots = match (F::SUB, F::BITS) {
-            (16, 6) => dot_tile::<16, 6, T>(panel, &x, &bias, sub),
-            (16, _) => dot_tile::<16, 3, T>(panel, &x, &bias, sub),
-            (_, 4) => dot_tile::<32, 4, T>(panel, &x, &bias, sub),
-            (_, 5) => dot_tile::<32, 5, T>(panel, &x, &bias, sub),
-            _ => dot_tile::<32, 8, T>(panel, &x, &bias, sub),
-        };
-        for half in 0..2 {
-            for i in 0..T {
-                let factor = job.acts.scales(t0 + i)[column / 256];
-                let (at, dot, term) = (sub * LANES + 8 * half, dots[half][i], terms[i] as f32);
-                sums[half][i] = match F::HAS_MINS {
-                    true => add_scaled::<true>(panel, at, dot, factor, term, sums[half][i]),
-                    false => add_scaled::<false>(panel, at, dot, factor, term, sums[half][i]),
-                };
+    let n_subs = 256 / F::SUB;
+    for block in 0..n / 256 {
+        let mut sums = [[_mm256_setzero_ps(); T]; 2];
+        for sub in block * n_subs..(block + 1) * n_subs {
+            let terms: [i32; T] = std::array::from_fn(|i| match F::SUB {
+                16 => job.acts.sums16(t0 + i)[k0 / 16 + sub],
+                _ => job.acts.sums32(t0 + i)[k0 / 32 + sub],
+            });
+            let bias = terms.map(|sum| bias_term(F::BIAS, sum));
+            let dots = match (F::SUB, F::BITS) {
+                (16, 6) => dot_tile::<16, 6, T>(panel, &x, &bias, sub),
+                (16, _) => dot_tile::<16, 3, T>(panel, &x, &bias, sub),
+                (_, 4) => dot_tile::<32, 4, T>(panel, &x, &bias, sub),
+                (_, 5) => dot_tile::<32, 5, T>(panel, &x, &bias, sub),
+                _ => dot_tile::<32, 8, T>(panel, &x, &bias, sub),
+            };
+            for half in 0..2 {
+                for i in 0..T {
+                    let (at, dot) = (sub * LANES + 8 * half, _mm256_cvtepi32_ps(dots[half][i]));
+                    sums[half][i] = add_product(panel.scales.add(at), dot, sums[half][i]);
+                    if F::HAS_MINS {
+                        let term = _mm256_set1_ps(terms[i] as f32);
+                        sums[half][i] = add_product(panel.offsets.add(at), term, sums[half][i]);
+                    }
+                }
             }
         }
-    }
-    store_sums(panel, t0, sums);
-}
-
-#[inline(always)]
-unsafe fn store_sums<const T: usize>(panel: &Panel, t0: usize, sums: [[__m256; T]; 2]) {
-    for (half, sums) in sums.into_iter().enumerate() {
-        for (i, sum) in sums.into_iter().enumerate() {
-            let to = panel.sums.add((t0 + i) * LANES + 8 * half);
-            _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), sum));
+        for i in 0..T {
+            let scale = _mm256_set1_ps(job.acts.scales(t0 + i)[k0 / 256 + block]);
+            for half in 0..2 {
+                let to = panel.sums.add((t0 + i) * LANES + 8 * half);
+                _mm256_storeu_ps(to, _mm256_fmadd_ps(sums[half][i], scale, _mm256_loadu_ps(to)));
+            }
         }
     }
 }

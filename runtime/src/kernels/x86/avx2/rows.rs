@@ -73,29 +73,42 @@ macro_rules! pairs_of {
 unsafe fn small_product<F: Small, const R: usize>(job: &Job<'_>, row: usize, t: usize) -> [f32; R] {
     let rows: [*const u8; R] = std::array::from_fn(|r| job.weights.row(row + r).as_ptr());
     let (codes, scales, terms) = (job.acts.codes(t), job.acts.scales(t), job.acts.sums32(t));
-    let mut sums = [_mm256_setzero_ps(); R];
-    let mut offsets = [0.0f32; R];
-    for b in 0..job.weights.cols / 32 {
-        let x = _mm256_loadu_si256(codes.as_ptr().add(32 * b).cast());
-        for r in 0..R {
-            let p = rows[r].add(b * F::BYTES);
-            _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(AHEAD_BYTES).cast());
-            let dot = _mm256_madd_epi16(pairs_of!(F, F::codes(p), x), _mm256_set1_epi16(1));
-            let d = _mm256_set1_ps(f16(p) * scales[b]);
-            sums[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), d, sums[r]);
-            if F::HAS_M {
-                offsets[r] += f16(p.add(2)) * (scales[b] * terms[b] as f32);
+    // Even and odd blocks apart, as the lower and the upper half of sixteen lanes.
+    let mut sums = [[_mm256_setzero_ps(); R]; 2];
+    let mut offsets = [[_mm_setzero_ps(); R]; 2];
+    let n_blocks = job.weights.cols / 32;
+    for b0 in (0..n_blocks).step_by(2) {
+        for half in 0..2.min(n_blocks - b0) {
+            let b = b0 + half;
+            let x = _mm256_loadu_si256(codes.as_ptr().add(32 * b).cast());
+            let term = scales[b] * terms[b] as f32;
+            for r in 0..R {
+                let p = rows[r].add(b * F::BYTES);
+                _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(AHEAD_BYTES).cast());
+                let dot = _mm256_madd_epi16(pairs_of!(F, F::codes(p), x), _mm256_set1_epi16(1));
+                let d = _mm256_set1_ps(f16(p) * scales[b]);
+                sums[half][r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), d, sums[half][r]);
+                if F::HAS_M {
+                    let (m, term) = (_mm_set_ss(f16(p.add(2))), _mm_set_ss(term));
+                    offsets[half][r] = _mm_fmadd_ss(m, term, offsets[half][r]);
+                }
             }
         }
     }
-    std::array::from_fn(|r| sum_floats(sums[r]) + offsets[r])
+    std::array::from_fn(|r| {
+        let sum = sum_floats(_mm256_add_ps(sums[0][r], sums[1][r]));
+        match F::HAS_M {
+            true => sum + (_mm_cvtss_f32(offsets[0][r]) + _mm_cvtss_f32(offsets[1][r])),
+            false => sum,
+        }
+    })
 }
 
 #[inline(always)]
 unsafe fn large_product<F: Large, const R: usize>(job: &Job<'_>, row: usize, t: usize) -> [f32; R] {
     let rows: [*const u8; R] = std::array::from_fn(|r| job.weights.row(row + r).as_ptr());
     let codes = job.acts.codes(t);
-    let mut sums = [_mm256_setzero_ps(); R];
+    let mut sums = [[_mm256_setzero_ps(); 2]; R]; // sixteen lanes
     for b in 0..job.weights.cols / 256 {
         let x = codes.as_ptr().add(256 * b);
         let scale = job.acts.scales(t)[b];
@@ -105,23 +118,28 @@ unsafe fn large_product<F: Large, const R: usize>(job: &Job<'_>, row: usize, t: 
                 _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(AHEAD_BYTES + 64 * line).cast());
             }
             let d = _mm256_set1_ps(f16(p.add(F::D)) * scale);
-            sums[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(large_block::<F>(p, x)), d, sums[r]);
+            let dots = large_block::<F>(p, x);
+            for half in 0..2 {
+                sums[r][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[half]), d, sums[r][half]);
+            }
             if F::HAS_MINS {
                 let dmin = _mm256_set1_ps(f16(p.add(F::DMIN)) * scale);
-                let mins = _mm256_cvtepi32_ps(large_mins::<F>(p, job, t, b));
-                sums[r] = _mm256_fnmadd_ps(mins, dmin, sums[r]);
+                for half in 0..256 / F::SUB / 8 {
+                    let mins = _mm256_cvtepi32_ps(large_mins::<F>(p, job, t, b, half));
+                    sums[r][half] = _mm256_fnmadd_ps(mins, dmin, sums[r][half]);
+                }
             }
         }
     }
-    std::array::from_fn(|r| sum_floats(sums[r]))
+    sums.map(|[low, high]| sum_floats(_mm256_add_ps(low, high)))
 }
 
-/// Sum over the sub-blocks of scale · (codes · x), spread over 8 lanes.
+/// Sum over the sub-blocks of scale · (codes · x), spread over 16 lanes: lane i has codes 4·i..4·i + 4 of each 64.
 #[inline(always)]
-unsafe fn large_block<F: Large>(p: *const u8, x: *const i8) -> __m256i {
+unsafe fn large_block<F: Large>(p: *const u8, x: *const i8) -> [__m256i; 2] {
     let mut scales = [0i16; 16];
     _mm256_storeu_si256(scales.as_mut_ptr().cast(), _mm256_cvtepi8_epi16(F::scales(p)));
-    let mut sum = _mm256_setzero_si256();
+    let mut sums = [_mm256_setzero_si256(); 2];
     for j in 0..8 {
         let x = _mm256_loadu_si256(x.add(32 * j).cast());
         let products = pairs_of!(F, F::codes(p, j), x);
@@ -129,22 +147,16 @@ unsafe fn large_block<F: Large>(p: *const u8, x: *const i8) -> __m256i {
             16 => _mm256_setr_m128i(_mm_set1_epi16(scales[2 * j]), _mm_set1_epi16(scales[2 * j + 1])),
             _ => _mm256_set1_epi16(scales[j]),
         };
-        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(products, scale));
+        sums[j % 2] = _mm256_add_epi32(sums[j % 2], _mm256_madd_epi16(products, scale));
     }
-    sum
+    sums
 }
 
-/// Minimums of the sub-blocks times the sums of their activations.
+/// Minimums of sub-blocks `8 half..8 half + 8` times the sums of their activations.
 #[inline(always)]
-unsafe fn large_mins<F: Large>(p: *const u8, job: &Job<'_>, t: usize, b: usize) -> __m256i {
-    let mins = F::mins(p);
-    let product = |mins: __m128i, sums: &[i32], at: usize| {
-        let sums = _mm256_loadu_si256(sums.as_ptr().add(at).cast());
-        _mm256_mullo_epi32(_mm256_cvtepi8_epi32(mins), sums)
-    };
-    if F::SUB == 32 {
-        return product(mins, job.acts.sums32(t), 8 * b);
-    }
-    let sums = job.acts.sums16(t);
-    _mm256_add_epi32(product(mins, sums, 16 * b), product(_mm_srli_si128::<8>(mins), sums, 16 * b + 8))
+unsafe fn large_mins<F: Large>(p: *const u8, job: &Job<'_>, t: usize, b: usize, half: usize) -> __m256i {
+    let sums = if F::SUB == 16 { job.acts.sums16(t) } else { job.acts.sums32(t) };
+    let sums = _mm256_loadu_si256(sums.as_ptr().add(256 / F::SUB * b + 8 * half).cast());
+    let mins = if half == 1 { _mm_srli_si128::<8>(F::mins(p)) } else { F::mins(p) };
+    _mm256_mullo_epi32(_mm256_cvtepi8_epi32(mins), sums)
 }

@@ -75,7 +75,7 @@ impl Lanes for Avx512 {
     }
     #[inline(always)]
     unsafe fn sum(self) -> f32 {
-        _mm512_reduce_add_ps(self.0)
+        sum_floats(self.0)
     }
     #[inline(always)]
     unsafe fn largest(self) -> f32 {
@@ -98,6 +98,15 @@ impl Lanes for Avx512 {
             _mm512_storeu_si512(to.add(r * 16).cast(), *row);
         }
     }
+}
+
+/// The sum of sixteen f32, in the order of [`Lanes::sum`].
+#[inline(always)]
+unsafe fn sum_floats(x: __m512) -> f32 {
+    let x = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps::<1>(x));
+    let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+    let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)))
 }
 
 /// Transposes 16 rows of 16 dwords.

@@ -7,11 +7,8 @@ mod rows;
 pub(crate) use lanes::Avx512;
 
 use super::unpack::{self, by_type};
-use crate::kernels::matmul::{Job, Scratch};
+use crate::kernels::matmul::{INT_PANEL_TOKENS, Job, Scratch};
 use kestrel_formats::GgmlType;
-
-/// From this many tokens on, weights are expanded into a panel that all tokens share.
-const PANEL_TOKENS: usize = 8;
 
 /// Weights times int8 activations.
 ///
@@ -23,7 +20,7 @@ pub(crate) unsafe fn int_matmul(job: &Job<'_>, scratch: &mut Scratch) {
     use rows::{large as rows_large, small as rows_small};
     // SAFETY: the caller's.
     unsafe {
-        if job.acts.n_tokens() < PANEL_TOKENS {
+        if job.acts.n_tokens() < INT_PANEL_TOKENS {
             by_type!(job.weights.dtype, rows_small, rows_large, (job));
         } else {
             by_type!(job.weights.dtype, panel_small, panel_large, (job, scratch));

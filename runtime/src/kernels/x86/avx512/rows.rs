@@ -83,7 +83,7 @@ unsafe fn small_product<F: Small, const R: usize>(job: &Job<'_>, row: usize, t: 
     }
     let mut out = [0.0; R];
     for (r, out) in out.iter_mut().enumerate() {
-        *out = _mm512_reduce_add_ps(sums.products[r]);
+        *out = _mm512_reduce_add_ps(sums.products[r]); // in the order of `Lanes::sum`
         if F::HAS_M {
             let m = sums.offsets[r];
             *out += _mm_cvtss_f32(_mm_add_ss(m, _mm_movehdup_ps(m)));
@@ -158,7 +158,7 @@ unsafe fn large_product<F: Large, const R: usize>(job: &Job<'_>, row: usize, t: 
             }
         }
     }
-    sums.map(|sum| _mm512_reduce_add_ps(sum))
+    sums.map(|sum| _mm512_reduce_add_ps(sum)) // in the order of `Lanes::sum`
 }
 
 /// Sum over the sub-blocks of scale · (codes · x), spread over 16 lanes.
