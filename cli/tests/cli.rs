@@ -446,12 +446,12 @@ fn kill(child: &std::process::Child, signal: &str) {
 fn generation_can_be_interrupted() {
     let args = args!["run", tiny(), "-p", "It was", "-n", "100000000", "--ignore-eos"];
     let mut child = command(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    // Text arrives while the run goes on, which it would do for hours: it is streamed. How much follows is chance.
     let mut first = [0];
-    std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut first).unwrap();
+    std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut first).expect("streamed text");
     kill(&child, "INT");
     let output = child.wait_with_output().unwrap();
     assert_eq!((output.status.code(), stderr(&output).as_str()), (Some(130), ""));
-    assert!(!output.stdout.is_empty(), "text is streamed, not printed at the end");
 }
 
 /// Interrupts a conversion while its temporary file is there.
