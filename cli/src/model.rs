@@ -1,7 +1,9 @@
 //! Opening a model to run it, as several commands do.
 
 use crate::args::Threads;
+use crate::failure::Failure;
 use crate::files;
+use crate::output;
 use crate::progress::Bar;
 use clap::Args;
 use kestrel_formats::Result;
@@ -9,7 +11,10 @@ use kestrel_quant::recipe::FileType;
 use kestrel_runtime::LoadOptions;
 use kestrel_runtime::Model;
 use kestrel_runtime::RunnerOptions;
-use kestrel_runtime::session::Session;
+use kestrel_runtime::sampler::Sampler;
+use kestrel_runtime::session::{GenerateOptions, Session};
+use kestrel_runtime::tokenizer::Tokenizer;
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 
 /// Which model, and how it runs.
@@ -56,4 +61,27 @@ impl ModelArgs {
             &RunnerOptions { threads: self.threads.get(), precise: self.precise, ..Default::default() },
         )
     }
+}
+
+/// Generates and prints the text as it comes, asking `go_on` after every piece; returns the number of tokens.
+pub fn stream(
+    session: &mut Session,
+    sampler: &mut Sampler,
+    tokenizer: &Tokenizer,
+    options: &GenerateOptions,
+    go_on: impl Fn() -> Result<()>,
+) -> std::result::Result<u64, Failure> {
+    let mut n_generated = 0;
+    let mut failure = None;
+    session.generate(sampler, tokenizer, options, |token, piece| {
+        n_generated += u64::from(token.is_some());
+        match output::text(piece).and_then(|()| Ok(go_on()?)) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(e) => {
+                failure = Some(e);
+                ControlFlow::Break(())
+            }
+        }
+    })?;
+    failure.map_or(Ok(n_generated), Err)
 }

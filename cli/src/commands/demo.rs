@@ -1,9 +1,9 @@
 //! `kestrel demo`: the whole path on the tiny trained model of the repository, in seconds.
 
-use crate::failure::{Failure, Outcome};
+use crate::failure::Outcome;
 use crate::output::{self, Table};
 use crate::progress::Bar;
-use crate::{files, interrupt};
+use crate::{files, interrupt, model};
 use clap::Args;
 use kestrel_convert::{Options, Plan, Source};
 use kestrel_formats::{Error, ErrorKind, Result};
@@ -14,7 +14,6 @@ use kestrel_runtime::RunnerOptions;
 use kestrel_runtime::sampler::{Sampler, SamplerOptions};
 use kestrel_runtime::session::{GenerateOptions, Session};
 use std::collections::BTreeMap;
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -129,22 +128,8 @@ fn generate(gguf: &Path) -> Outcome {
     let started = Instant::now();
     session.prefill(&tokenizer.encode(PROMPT, false)?)?;
     let options = GenerateOptions { n_tokens: N_TOKENS, ..Default::default() };
-    let mut failure: Option<Failure> = None;
-    let mut n_generated = 0;
-    session.generate(&mut sampler, &tokenizer, &options, |token, piece| {
-        n_generated += u32::from(token.is_some());
-        match output::text(piece).and_then(|()| Ok(interrupt::check()?)) {
-            Ok(()) => ControlFlow::Continue(()),
-            Err(e) => {
-                failure = Some(e);
-                ControlFlow::Break(())
-            }
-        }
-    })?;
-    if let Some(failure) = failure {
-        return Err(failure);
-    }
-    let rate = f64::from(n_generated) / started.elapsed().as_secs_f64().max(1e-9);
+    let n_generated = model::stream(&mut session, &mut sampler, &tokenizer, &options, interrupt::check)?;
+    let rate = n_generated as f64 / started.elapsed().as_secs_f64().max(1e-9);
     output::text(&format!("\n\n   {n_generated} tokens at {rate:.0} tok/s\n"))
 }
 

@@ -3,7 +3,7 @@
 use crate::args::TextArgs;
 use crate::chat;
 use crate::failure::{Failure, Outcome};
-use crate::model::ModelArgs;
+use crate::model::{self, ModelArgs};
 use crate::{files, interrupt, output};
 use clap::Args;
 use kestrel_formats::atomic_file::{AtomicFile, check_target};
@@ -13,7 +13,6 @@ use kestrel_runtime::sampler::{Sampler, SamplerOptions};
 use kestrel_runtime::session::{GenerateOptions, Session};
 use kestrel_runtime::tokenizer::Tokenizer;
 use std::io::IsTerminal;
-use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -179,21 +178,7 @@ impl RunArgs {
             stop_strings: self.stop.clone(),
             ignore_end: self.ignore_eos,
         };
-        let mut n_generated = 0;
-        let mut failure = None;
-        session.generate(sampler, tokenizer, &options, |token, piece| {
-            n_generated += u64::from(token.is_some());
-            match output::text(piece) {
-                Ok(()) => ControlFlow::Continue(()),
-                Err(e) => {
-                    failure = Some(e);
-                    ControlFlow::Break(())
-                }
-            }
-        })?;
-        if let Some(failure) = failure {
-            return Err(failure);
-        }
+        let n_generated = model::stream(session, sampler, tokenizer, &options, || Ok(()))?;
         if std::io::stdout().is_terminal() {
             output::text("\n")?;
         }
