@@ -86,13 +86,16 @@ impl Codec for Q4K {
 
     fn dequantize(&self, src: &[u8], dst: &mut [f32]) {
         for_each_block(src, dst, |b: &[u8; BYTES], out| {
-            let (d, dmin) = (f16_at(b, D), f16_at(b, DMIN));
-            let scale = |j| {
-                let (sc, m) = scale_min(packed_scales(b), j);
-                (d * f32::from(sc), dmin * f32::from(m))
-            };
-            expand::<SUB, LEN>(&codes(b), scale, out);
+            expand::<SUB, LEN>(&codes(b), sub_scales(packed_scales(b), f16_at(b, D), f16_at(b, DMIN)), out);
         });
+    }
+}
+
+/// Scale and minimum of each sub-block of a Q4_K or Q5_K block.
+pub(super) fn sub_scales(packed: &[u8; 12], d: f32, dmin: f32) -> impl Fn(usize) -> (f32, f32) {
+    move |j| {
+        let (sc, m) = scale_min(packed, j);
+        (d * f32::from(sc), dmin * f32::from(m))
     }
 }
 

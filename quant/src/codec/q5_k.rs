@@ -8,7 +8,7 @@
 
 use kestrel_formats::GgmlType;
 
-use super::q4_k::{fit_block, pack_head, scale_min};
+use super::q4_k::{fit_block, pack_head, sub_scales};
 use super::{Codec, expand, f16_at, for_each_block, quantize_blocks};
 use crate::scale_search::affine::Search;
 
@@ -22,7 +22,7 @@ pub const SUB: usize = 32;
 pub const D: usize = 0;
 /// Offset of `dmin`.
 pub const DMIN: usize = 2;
-/// Offset of the packed scales and mins; [`scale_min`] takes them apart.
+/// Offset of the packed scales and mins; [`super::q4_k::scale_min`] takes them apart.
 pub const SCALES: usize = 4;
 /// Offset of the fifth bits.
 pub const QH: usize = 16;
@@ -70,12 +70,7 @@ impl Codec for Q5K {
 
     fn dequantize(&self, src: &[u8], dst: &mut [f32]) {
         for_each_block(src, dst, |b: &[u8; BYTES], out| {
-            let (d, dmin) = (f16_at(b, D), f16_at(b, DMIN));
-            let scale = |j| {
-                let (sc, m) = scale_min(packed_scales(b), j);
-                (d * f32::from(sc), dmin * f32::from(m))
-            };
-            expand::<SUB, LEN>(&codes(b), scale, out);
+            expand::<SUB, LEN>(&codes(b), sub_scales(packed_scales(b), f16_at(b, D), f16_at(b, DMIN)), out);
         });
     }
 }
