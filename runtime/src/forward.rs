@@ -3,7 +3,7 @@
 //!
 //! t: tokens that go together. Four forks per layer for one token; the norm adds one for many.
 
-use crate::kernels::{ActKind, Acts, Compute, InProj, Isa, Mixer, ScanWeights, Then};
+use crate::kernels::{ActKind, Acts, Compute, InProj, Isa, Mixer, ScanWeights, Segment, Then};
 use crate::matrix::Matrix;
 use crate::model::{Layer, Model};
 use crate::state::State;
@@ -83,27 +83,56 @@ impl<'m> Runner<'m> {
         self.compute.n_threads()
     }
 
+    /// Tokens that go together at most.
+    pub fn max_tokens(&self) -> usize {
+        self.compute.max_tokens()
+    }
+
     /// Consumes `tokens` and leaves the logits after the last one in `logits` (vocab). Tokens are below the
     /// vocabulary's size; with no tokens nothing changes.
     pub fn forward(&mut self, state: &mut State, tokens: &[u32], logits: &mut [f32]) {
         let d_model = self.model.hparams().d_model;
         let mut last = 0;
         for chunk in tokens.chunks(self.compute.max_tokens()) {
-            self.layers(state, chunk);
+            self.layers(&mut [Segment { state, n_tokens: chunk.len() }], chunk);
             last = chunk.len();
         }
-        if let Some(last) = last.checked_sub(1) {
-            let x = &self.buffers.x[last * d_model..][..d_model];
-            let kind = act_kind(self.model.output_matrix(), self.precise);
-            let eps = self.model.hparams().layer_norm_epsilon;
-            self.compute.norm(x, &self.model.output_norm, eps, kind, &mut self.buffers.normed);
-            self.compute.matmul(
-                &self.model.output_matrix().view(),
-                &self.buffers.normed,
-                logits,
-                Then::Store,
-            );
+        if last > 0 {
+            self.buffers.x.copy_within((last - 1) * d_model..last * d_model, 0);
+            self.logits(1, logits);
         }
+    }
+
+    /// Tokens of several sequences at once: `tokens` are those of each segment in turn, any number of each, at most
+    /// [`RunnerOptions::chunk`] together. Leaves the logits after each segment's last token in `logits` (segments,
+    /// vocab). The weights are read once for all of them.
+    ///
+    /// # Panics
+    /// If the segments' tokens are not as many as `tokens`, a segment has none, or they are more than a chunk.
+    pub fn forward_segments(&mut self, segments: &mut [Segment<'_>], tokens: &[u32], logits: &mut [f32]) {
+        assert!(tokens.len() <= self.compute.max_tokens(), "{} tokens at once", tokens.len());
+        assert_eq!(segments.iter().map(|s| s.n_tokens).sum::<usize>(), tokens.len());
+        if segments.is_empty() {
+            return;
+        }
+        self.layers(segments, tokens);
+        let d_model = self.model.hparams().d_model;
+        let mut end = 0;
+        for (i, segment) in segments.iter().enumerate() {
+            assert!(segment.n_tokens > 0, "segment {i} is empty");
+            end += segment.n_tokens;
+            self.buffers.x.copy_within((end - 1) * d_model..end * d_model, i * d_model);
+        }
+        self.logits(segments.len(), logits);
+    }
+
+    /// The logits of the first `n` rows of the residual stream.
+    fn logits(&mut self, n: usize, logits: &mut [f32]) {
+        let (h, b) = (self.model.hparams(), &mut self.buffers);
+        let output = self.model.output_matrix();
+        let (x, kind) = (&b.x[..n * h.d_model], act_kind(output, self.precise));
+        self.compute.norm(x, &self.model.output_norm, h.layer_norm_epsilon, kind, &mut b.normed);
+        self.compute.matmul(&output.view(), &b.normed, logits, Then::Store);
     }
 
     /// Consumes `tokens` and calls `each(position, logits)` for every one of them.
@@ -112,7 +141,7 @@ impl<'m> Runner<'m> {
         let kind = act_kind(self.model.output_matrix(), self.precise);
         let mut position = 0;
         for chunk in tokens.chunks(self.compute.max_tokens()) {
-            self.layers(state, chunk);
+            self.layers(&mut [Segment { state, n_tokens: chunk.len() }], chunk);
             let b = &mut self.buffers;
             for x in b.x[..chunk.len() * h.d_model].chunks(LOGIT_ROWS * h.d_model) {
                 let logits = &mut b.logits[..x.len() / h.d_model * h.vocab_size];
@@ -127,19 +156,18 @@ impl<'m> Runner<'m> {
     }
 
     /// x := embeddings of `tokens`, through all layers.
-    fn layers(&mut self, state: &mut State, tokens: &[u32]) {
+    fn layers(&mut self, segments: &mut [Segment<'_>], tokens: &[u32]) {
         let model = self.model;
         let x = &mut self.buffers.x[..tokens.len() * model.hparams().d_model];
         self.compute.embed(&model.token_embd.view(), tokens, x);
         for (i, layer) in model.layers.iter().enumerate() {
-            let (conv, ssm) = state.layer_mut(i);
-            self.layer(layer, tokens.len(), conv, ssm);
+            self.layer(i, layer, tokens.len(), segments);
         }
-        state.advance(tokens.len());
+        segments.iter_mut().for_each(|s| s.state.advance(s.n_tokens));
     }
 
     /// x := x + mixer(norm(x)) for `t` tokens.
-    fn layer(&mut self, layer: &Layer, t: usize, conv_state: &mut [f32], ssm_state: &mut [f32]) {
+    fn layer(&mut self, i: usize, layer: &Layer, t: usize, segments: &[Segment<'_>]) {
         let h = self.model.hparams();
         let precise = self.precise;
         let kind = |m: &Matrix| act_kind(m, precise);
@@ -157,7 +185,7 @@ impl<'m> Runner<'m> {
             conv_bias: &layer.conv_bias,
             d_conv: h.d_conv,
         };
-        c.in_proj(&in_proj, &b.normed, conv_state, &mut b.mixer, kind(&layer.ssm_x), &mut b.inner);
+        c.in_proj(&in_proj, &b.normed, segments, i, &mut b.mixer, kind(&layer.ssm_x), &mut b.inner);
 
         // dt (t, dt_rank), B (t, d_state), C (t, d_state) = x_proj · u;  each / rms in Falcon Mamba
         c.matmul(&layer.ssm_x.view(), &b.inner, dt_b_c, Then::Store);
@@ -173,7 +201,7 @@ impl<'m> Runner<'m> {
             d: &layer.d,
             d_state: h.d_state,
         };
-        c.scan(&scan, &b.dt, dt_b_c, ssm_state, &mut b.mixer, kind(&layer.ssm_out), &mut b.inner);
+        c.scan(&scan, &b.dt, dt_b_c, segments, i, &mut b.mixer, kind(&layer.ssm_out), &mut b.inner);
 
         // x (t, d_model) += out_proj · y
         c.matmul(&layer.ssm_out.view(), &b.inner, x, Then::Add);

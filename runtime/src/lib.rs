@@ -3,6 +3,7 @@
 pub mod kernels;
 pub mod pool;
 
+pub mod batch;
 pub mod evaluate;
 pub mod forward;
 mod load;
@@ -14,6 +15,7 @@ pub mod state;
 pub mod text_stream;
 pub mod tokenizer;
 
+pub use batch::Batch;
 pub use forward::{Runner, RunnerOptions};
 pub use load::LoadOptions;
 pub use model::Model;

@@ -1,23 +1,22 @@
 //! What a sequence remembers: the convolution's last inputs and the scan's state. 38 MiB for the 7B, whatever the
 //! length of the text. Cloning a state is a snapshot or a fork; assigning it back restores it.
 
+use crate::kernels::{Aligned, LANES};
 use kestrel_formats::arch::{Arch, HyperParams};
 use kestrel_formats::{Error, ErrorKind, Result};
+use std::ops::Range;
 use std::path::Path;
 
-/// Channels are kept in groups of this many; see the layouts below.
-pub const LANES: usize = 16;
-
 /// The state of one sequence. The layout is the same on every instruction set, so a saved state loads anywhere.
-#[derive(Clone, PartialEq)]
+#[derive(Clone)]
 pub struct State {
     shape: StateShape,
     /// Tokens consumed so far.
     n_tokens: u64,
     /// Per layer (channels / 16, d_conv - 1, 16): the last inputs of each channel, oldest first.
-    conv: Vec<f32>,
+    conv: Aligned<f32>,
     /// Per layer (channels / 16, d_state, 16): the scan's h.
-    ssm: Vec<f32>,
+    ssm: Aligned<f32>,
 }
 
 /// The shape of a state, and the model that it belongs to.
@@ -58,6 +57,14 @@ impl StateShape {
     }
 }
 
+impl PartialEq for State {
+    fn eq(&self, other: &Self) -> bool {
+        (self.shape, self.n_tokens) == (other.shape, other.n_tokens)
+            && self.conv[..] == other.conv[..]
+            && self.ssm[..] == other.ssm[..]
+    }
+}
+
 impl std::fmt::Debug for State {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("State")
@@ -80,8 +87,8 @@ impl State {
         Self {
             shape,
             n_tokens: 0,
-            conv: vec![0.0; layers * shape.conv_len()],
-            ssm: vec![0.0; layers * shape.ssm_len()],
+            conv: Aligned::zeroed(layers * shape.conv_len()),
+            ssm: Aligned::zeroed(layers * shape.ssm_len()),
         }
     }
 
@@ -111,10 +118,26 @@ impl State {
         self.n_tokens += n_tokens as u64;
     }
 
-    /// conv (channels / 16, d_conv - 1, 16) and ssm (channels / 16, d_state, 16) of one layer.
-    pub(crate) fn layer_mut(&mut self, layer: usize) -> (&mut [f32], &mut [f32]) {
-        let (conv, ssm) = (self.shape.conv_len(), self.shape.ssm_len());
-        (&mut self.conv[layer * conv..][..conv], &mut self.ssm[layer * ssm..][..ssm])
+    /// Blocks of 16 channels of one layer's convolution inputs: (blocks, d_conv - 1, 16).
+    ///
+    /// # Safety
+    /// The caller's thread alone uses these blocks, and nothing reads the whole state meanwhile.
+    #[allow(clippy::mut_from_ref)] // several workers advance one state, each its own channels
+    pub(crate) unsafe fn conv_part(&self, layer: usize, blocks: Range<usize>) -> &mut [f32] {
+        let (start, per_block) = (layer * self.shape.conv_len(), (self.shape.d_conv as usize - 1) * LANES);
+        // SAFETY: the caller's promise.
+        unsafe { self.conv.part(start + blocks.start * per_block..start + blocks.end * per_block) }
+    }
+
+    /// The same of the scan's h: (blocks, d_state, 16).
+    ///
+    /// # Safety
+    /// See [`Self::conv_part`].
+    #[allow(clippy::mut_from_ref)] // as above
+    pub(crate) unsafe fn ssm_part(&self, layer: usize, blocks: Range<usize>) -> &mut [f32] {
+        let (start, per_block) = (layer * self.shape.ssm_len(), self.shape.d_state as usize * LANES);
+        // SAFETY: the caller's promise.
+        unsafe { self.ssm.part(start + blocks.start * per_block..start + blocks.end * per_block) }
     }
 
     /// Bytes of a saved state, header included.
@@ -126,7 +149,7 @@ impl State {
     /// little-endian f32.
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut payload = Vec::with_capacity(self.n_bytes());
-        payload.extend(self.conv.iter().chain(&self.ssm).flat_map(|x| x.to_le_bytes()));
+        payload.extend(self.conv.iter().chain(self.ssm.iter()).flat_map(|x| x.to_le_bytes()));
         let s = &self.shape;
         let mut out = Vec::with_capacity(HEADER_BYTES + payload.len());
         out.extend(MAGIC);
@@ -187,7 +210,7 @@ impl State {
                 .expected("that of the file's bytes"));
         }
         let numbers = payload.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
-        for (to, from) in state.conv.iter_mut().chain(&mut state.ssm).zip(numbers) {
+        for (to, from) in state.conv.iter_mut().chain(state.ssm.iter_mut()).zip(numbers) {
             *to = from;
         }
         Ok(state)
@@ -218,7 +241,7 @@ mod tests {
 
     fn filled() -> State {
         let mut s = State::new(shape());
-        s.conv.iter_mut().chain(&mut s.ssm).enumerate().for_each(|(i, x)| *x = (i as f32).sin());
+        s.conv.iter_mut().chain(s.ssm.iter_mut()).enumerate().for_each(|(i, x)| *x = (i as f32).sin());
         s.n_tokens = 5;
         s
     }

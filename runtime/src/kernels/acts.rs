@@ -1,6 +1,7 @@
 //! Activations in the form that a weight type multiplies with.
 
-use super::memory::{Aligned, SharedMut};
+use super::matmul::INT_PANEL_TOKENS;
+use super::memory::{Aligned, LANES, SharedMut};
 use kestrel_formats::GgmlType;
 
 /// How activations are stored.
@@ -35,11 +36,15 @@ impl ActKind {
     }
 }
 
-/// Activations of some tokens, [token][column], quantized as a [`ActKind`] says: `x ≈ scale * code` with
-/// `scale = max |x| / 127` over the block (f32) and `code = x / scale` rounded to the nearest, ties to even, the same
-/// on every instruction set.
+/// Activations of some tokens, quantized as a [`ActKind`] says: `x ≈ scale * code` with `scale = max |x| / 127` over
+/// the block (f32) and `code = x / scale` rounded to the nearest, ties to even, the same on every instruction set.
 ///
 /// Beside the codes it keeps their sums, which weights with a minimum and codes with an offset need.
+///
+/// Floats, and codes of few tokens, are [token][column]. From [`INT_PANEL_TOKENS`] on, sixteen tokens are interleaved
+/// so that a vector holds the same four columns of all of them: codes [token / 16][column / 4][16][4], scales
+/// [token / 16][block][16], sums [token / 16][sub-block][16]. What the last group has beyond the last token means
+/// nothing.
 pub struct Acts {
     kind: ActKind,
     n_tokens: usize,
@@ -53,43 +58,83 @@ pub struct Acts {
 /// Rows are this much longer than needed, so that several rows of 4096 numbers do not share their cache sets.
 const ROW_PAD: usize = 64;
 
-/// Strides of one token, in numbers.
-fn strides(kind: ActKind, cols: usize) -> (usize, usize, usize, usize) {
-    match kind {
-        ActKind::F32 => (cols.next_multiple_of(16) + ROW_PAD, 0, 0, 0),
-        _ => (0, cols.next_multiple_of(64) + ROW_PAD, cols / kind.block_len(), sums_len(kind, cols)),
+/// Where the numbers of one token are.
+#[derive(Clone, Copy)]
+struct Place {
+    /// The first of its floats, codes, scales and sums.
+    floats: usize,
+    codes: usize,
+    scales: usize,
+    sums: usize,
+    /// From four codes to the next four.
+    quad_stride: usize,
+    /// From a scale or a sum to the next.
+    stride: usize,
+}
+
+/// The place of token `t` of `n_tokens` with `cols` numbers.
+fn place(kind: ActKind, n_tokens: usize, cols: usize, t: usize) -> Place {
+    let (n_scales, n_sums) = (cols / kind.block_len(), sums_len(kind, cols));
+    if kind != ActKind::F32 && n_tokens >= INT_PANEL_TOKENS {
+        let (group, lane) = (t / LANES, t % LANES);
+        return Place {
+            floats: 0,
+            codes: group * cols * LANES + 4 * lane,
+            scales: group * n_scales * LANES + lane,
+            sums: group * n_sums * LANES + lane,
+            quad_stride: 4 * LANES,
+            stride: LANES,
+        };
+    }
+    Place {
+        floats: t * (cols.next_multiple_of(LANES) + ROW_PAD),
+        codes: t * (cols.next_multiple_of(64) + ROW_PAD),
+        scales: t * n_scales,
+        sums: t * n_sums,
+        quad_stride: 4,
+        stride: 1,
     }
 }
 
 /// Sums of one token: per 32, and for blocks of 256 then per 16.
 fn sums_len(kind: ActKind, cols: usize) -> usize {
-    cols / 32 + if kind == ActKind::Q8x256 { cols / 16 } else { 0 }
+    match kind {
+        ActKind::F32 => 0,
+        ActKind::Q8x32 => cols / 32,
+        ActKind::Q8x256 => cols / 32 + cols / 16,
+    }
 }
 
 impl Acts {
     /// Room for `n_tokens` of `cols` numbers in any form. Memory is taken only by what is used.
     pub fn with_capacity(n_tokens: usize, cols: usize) -> Self {
-        let (floats, _, _, _) = strides(ActKind::F32, cols);
-        let (_, codes, scales, _) = strides(ActKind::Q8x32, cols);
+        // A whole last group, and a start of a token beyond it.
+        let t = n_tokens.next_multiple_of(LANES);
+        let floats = place(ActKind::F32, t, cols, t).floats;
+        let codes = t * (cols.next_multiple_of(64) + ROW_PAD);
         Self {
             kind: ActKind::F32,
             n_tokens: 0,
             cols: 0,
-            floats: Aligned::zeroed(n_tokens * floats),
-            codes: Aligned::zeroed(n_tokens * codes),
-            scales: Aligned::zeroed(n_tokens * scales),
-            sums: Aligned::zeroed(n_tokens * sums_len(ActKind::Q8x256, cols)),
+            floats: Aligned::zeroed(floats),
+            codes: Aligned::zeroed(codes),
+            scales: Aligned::zeroed(t * cols.div_ceil(32)),
+            sums: Aligned::zeroed(t * sums_len(ActKind::Q8x256, cols)),
         }
     }
 
     /// Sets form and size; the content becomes meaningless.
     pub(crate) fn reset(&mut self, kind: ActKind, n_tokens: usize, cols: usize) {
         assert!(cols.is_multiple_of(kind.block_len()), "{cols} columns for {kind:?}");
-        let (f, c, s, u) = strides(kind, cols);
-        let fits = n_tokens * f <= self.floats.len()
-            && n_tokens * c <= self.codes.len()
-            && n_tokens * s <= self.scales.len()
-            && n_tokens * u <= self.sums.len();
+        let t = n_tokens.next_multiple_of(LANES);
+        let fits = match kind {
+            ActKind::F32 => place(kind, n_tokens, cols, n_tokens).floats <= self.floats.len(),
+            _ => {
+                t * (cols.next_multiple_of(64) + ROW_PAD) <= self.codes.len()
+                    && t * (cols / kind.block_len()) <= self.scales.len()
+                    && t * sums_len(kind, cols) <= self.sums.len()
+            }
+        };
         assert!(fits, "more activations than there is room for");
         (self.kind, self.n_tokens, self.cols) = (kind, n_tokens, cols);
     }
@@ -109,51 +154,99 @@ impl Acts {
         self.cols
     }
 
+    fn place(&self, t: usize) -> Place {
+        assert!(t < self.n_tokens, "token {t} of {}", self.n_tokens);
+        place(self.kind, self.n_tokens, self.cols, t)
+    }
+
     /// f32 of token `t`.
     pub(crate) fn floats(&self, t: usize) -> &[f32] {
-        &self.floats[t * strides(self.kind, self.cols).0..][..self.cols]
+        &self.floats[self.place(t).floats..][..self.cols]
     }
 
-    /// Codes of token `t`.
+    /// Codes of token `t` of few.
     pub(crate) fn codes(&self, t: usize) -> &[i8] {
-        &self.codes[t * strides(self.kind, self.cols).1..][..self.cols]
+        debug_assert!(self.n_tokens < INT_PANEL_TOKENS);
+        &self.codes[self.place(t).codes..][..self.cols]
     }
 
-    /// Scales of token `t`, one per block.
+    /// Scales of token `t` of few, one per block.
     pub(crate) fn scales(&self, t: usize) -> &[f32] {
-        &self.scales[t * strides(self.kind, self.cols).2..][..self.cols / self.kind.block_len()]
+        debug_assert!(self.n_tokens < INT_PANEL_TOKENS);
+        &self.scales[self.place(t).scales..][..self.cols / self.kind.block_len()]
     }
 
-    /// Sums of token `t`'s codes per 32.
+    /// Sums per 32 of the codes of token `t` of few.
     pub(crate) fn sums32(&self, t: usize) -> &[i32] {
-        &self.sums[t * strides(self.kind, self.cols).3..][..self.cols / 32]
+        debug_assert!(self.n_tokens < INT_PANEL_TOKENS);
+        &self.sums[self.place(t).sums..][..self.cols / 32]
     }
 
-    /// Sums of token `t`'s codes per 16; only for [`ActKind::Q8x256`].
+    /// Sums per 16 of the codes of token `t` of few; only for [`ActKind::Q8x256`].
     pub(crate) fn sums16(&self, t: usize) -> &[i32] {
-        debug_assert_eq!(self.kind, ActKind::Q8x256);
-        &self.sums[t * strides(self.kind, self.cols).3..][self.cols / 32..][..self.cols / 16]
+        debug_assert!(self.kind == ActKind::Q8x256 && self.n_tokens < INT_PANEL_TOKENS);
+        &self.sums[self.place(t).sums + self.cols / 32..][..self.cols / 16]
+    }
+
+    /// Groups of 16 tokens, of many.
+    pub(crate) fn n_groups(&self) -> usize {
+        self.n_tokens.div_ceil(LANES)
+    }
+
+    /// Group `g` of many tokens.
+    pub(crate) fn group(&self, g: usize) -> Group<'_> {
+        assert!(self.n_tokens >= INT_PANEL_TOKENS && self.kind != ActKind::F32);
+        let at = self.place(g * LANES);
+        let sums = &self.sums[at.sums..];
+        Group {
+            codes: &self.codes[at.codes..][..self.cols * LANES],
+            scales: &self.scales[at.scales..][..self.cols / self.kind.block_len() * LANES],
+            sums32: &sums[..self.cols / 32 * LANES],
+            sums16: match self.kind {
+                ActKind::Q8x256 => &sums[self.cols / 32 * LANES..][..self.cols / 16 * LANES],
+                _ => &[],
+            },
+        }
+    }
+
+    /// Codes `col..` of token `t`, one for each number of `to`, however they are stored. `col` and the length are
+    /// multiples of 4.
+    pub(crate) fn copy_codes(&self, t: usize, col: usize, to: &mut [i8]) {
+        let at = self.place(t);
+        for (i, to) in to.chunks_exact_mut(4).enumerate() {
+            to.copy_from_slice(&self.codes[at.codes + (col / 4 + i) * at.quad_stride..][..4]);
+        }
+    }
+
+    /// The scale of block `b` of token `t`.
+    pub(crate) fn scale(&self, t: usize, b: usize) -> f32 {
+        let at = self.place(t);
+        self.scales[at.scales + b * at.stride]
+    }
+
+    /// The sum of the codes `sub · i..sub · (i + 1)` of token `t`; `sub` is 32, or 16 for [`ActKind::Q8x256`].
+    pub(crate) fn sum(&self, t: usize, sub: usize, i: usize) -> i32 {
+        let at = self.place(t);
+        let first = if sub == 16 { self.cols / 32 } else { 0 };
+        self.sums[at.sums + (first + i) * at.stride]
     }
 
     /// What the activations stand for, as f32; for tests and reports.
     pub fn to_f32(&self, t: usize) -> Vec<f32> {
-        match self.kind {
-            ActKind::F32 => self.floats(t).to_vec(),
-            kind => {
-                let scales = self.scales(t);
-                self.codes(t)
-                    .iter()
-                    .enumerate()
-                    .map(|(i, &q)| scales[i / kind.block_len()] * f32::from(q))
-                    .collect()
-            }
+        if self.kind == ActKind::F32 {
+            return self.floats(t).to_vec();
         }
+        let mut codes = vec![0; self.cols];
+        self.copy_codes(t, 0, &mut codes);
+        let scaled = |(i, &q): (usize, &i8)| self.scale(t, i / self.kind.block_len()) * f32::from(q);
+        codes.iter().enumerate().map(scaled).collect()
     }
 
     /// A view that several workers fill, each its own tokens or columns.
     pub(crate) fn writer(&mut self) -> ActsWriter<'_> {
         ActsWriter {
             kind: self.kind,
+            n_tokens: self.n_tokens,
             cols: self.cols,
             floats: SharedMut::new(&mut self.floats),
             codes: SharedMut::new(&mut self.codes),
@@ -163,10 +256,25 @@ impl Acts {
     }
 }
 
+/// Sixteen interleaved tokens; see [`Acts`].
+#[derive(Clone, Copy)]
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // NEON has no panels of integers yet
+pub(crate) struct Group<'a> {
+    /// [column / 4][16][4]
+    pub codes: &'a [i8],
+    /// [block][16]
+    pub scales: &'a [f32],
+    /// [column / 32][16]
+    pub sums32: &'a [i32],
+    /// [column / 16][16], or empty.
+    pub sums16: &'a [i32],
+}
+
 /// See [`Acts::writer`].
 #[derive(Clone, Copy)]
 pub(crate) struct ActsWriter<'a> {
     pub kind: ActKind,
+    n_tokens: usize,
     cols: usize,
     floats: SharedMut<'a, f32>,
     codes: SharedMut<'a, i8>,
@@ -174,24 +282,77 @@ pub(crate) struct ActsWriter<'a> {
     sums: SharedMut<'a, i32>,
 }
 
-/// One block of a quantized row, to be filled.
+/// One block of a quantized token, to be filled.
 pub(crate) struct BlockMut<'a> {
-    pub codes: &'a mut [i8],
-    pub scale: &'a mut f32,
-    /// One per 32 codes.
-    pub sums32: &'a mut [i32],
-    /// One per 16 codes, or empty.
-    pub sums16: &'a mut [i32],
+    to: ActsWriter<'a>,
+    at: Place,
+    block: usize,
+}
+
+impl BlockMut<'_> {
+    /// Numbers of the block.
+    pub fn len(&self) -> usize {
+        self.to.kind.block_len()
+    }
+
+    /// Stores the scale.
+    ///
+    /// # Safety
+    /// That of [`ActsWriter::block`], here and below.
+    pub unsafe fn put_scale(&self, scale: f32) {
+        let i = self.at.scales + self.block * self.at.stride;
+        // SAFETY: the caller's promise.
+        unsafe { self.to.scales.part(i..i + 1)[0] = scale };
+    }
+
+    /// Stores codes `16 i..16 i + 16`, and `sum`, which is theirs, where the form keeps it.
+    ///
+    /// # Safety
+    /// See [`Self::put_scale`].
+    #[inline(always)]
+    pub unsafe fn put_codes(&self, i: usize, codes: &[i8; LANES], sum: i32) {
+        let start = self.at.codes + (self.block * self.len() + i * LANES) / 4 * self.at.quad_stride;
+        for (q, quad) in codes.as_chunks::<4>().0.iter().enumerate() {
+            let start = start + q * self.at.quad_stride;
+            // SAFETY: the caller's promise.
+            unsafe { self.to.codes.part(start..start + 4) }.copy_from_slice(quad);
+        }
+        if self.to.kind == ActKind::Q8x256 {
+            let n32 = self.to.cols / 32;
+            // SAFETY: the caller's promise.
+            unsafe { self.put_sum(n32 + self.block * (self.len() / LANES) + i, sum) };
+        }
+    }
+
+    /// Stores the sum of codes `32 i..32 i + 32`.
+    ///
+    /// # Safety
+    /// See [`Self::put_scale`].
+    pub unsafe fn put_sum32(&self, i: usize, sum: i32) {
+        // SAFETY: the caller's promise.
+        unsafe { self.put_sum(self.block * (self.len() / 32) + i, sum) };
+    }
+
+    unsafe fn put_sum(&self, i: usize, sum: i32) {
+        let i = self.at.sums + i * self.at.stride;
+        // SAFETY: the caller's promise.
+        unsafe { self.to.sums.part(i..i + 1)[0] = sum };
+    }
 }
 
 impl<'a> ActsWriter<'a> {
+    fn place(&self, t: usize) -> Place {
+        assert!(t < self.n_tokens, "token {t} of {}", self.n_tokens);
+        place(self.kind, self.n_tokens, self.cols, t)
+    }
+
     /// f32 `col..col + n` of token `t`.
     ///
     /// # Safety
     /// No other worker accesses these numbers at the same time, and no other part of them is alive.
     pub unsafe fn floats(&self, t: usize, col: usize, n: usize) -> &'a mut [f32] {
         assert!(col + n <= self.cols);
-        let start = t * strides(self.kind, self.cols).0 + col;
+        let start = self.place(t).floats + col;
         // SAFETY: the caller's promise.
         unsafe { self.floats.part(start..start + n) }
     }
@@ -201,22 +362,7 @@ impl<'a> ActsWriter<'a> {
     /// # Safety
     /// As for [`Self::floats`].
     pub unsafe fn block(&self, t: usize, b: usize) -> BlockMut<'a> {
-        let len = self.kind.block_len();
-        let (_, codes, scales, sums) = strides(self.kind, self.cols);
-        let (codes, scale, sums) = (t * codes + b * len, t * scales + b, t * sums);
-        let (start32, n32) = (sums + b * (len / 32), len / 32);
-        let (start16, n16) = match self.kind {
-            ActKind::Q8x256 => (sums + self.cols / 32 + b * 16, 16),
-            _ => (start32 + n32, 0),
-        };
-        // SAFETY: the caller's promise; the parts of one block are disjoint.
-        unsafe {
-            BlockMut {
-                codes: self.codes.part(codes..codes + len),
-                scale: &mut self.scales.part(scale..scale + 1)[0],
-                sums32: self.sums.part(start32..start32 + n32),
-                sums16: self.sums.part(start16..start16 + n16),
-            }
-        }
+        assert!((b + 1) * self.kind.block_len() <= self.cols);
+        BlockMut { to: *self, at: self.place(t), block: b }
     }
 }

@@ -134,14 +134,18 @@ unsafe fn sum_blocks<S: Sum>(job: &Job<'_>, quads: impl Fn(&[i8], &[i8]) -> [i32
                 for (b, block) in job.weights.row(row0 + r).chunks_exact(ty.block_bytes()).enumerate() {
                     let parts = parts(ty, block);
                     for t in tokens.clone() {
-                        let sums_of = if sub == 16 { job.acts.sums16(t) } else { job.acts.sums32(t) };
+                        let (mut x, mut sums_of) = ([0; 256], [0; 16]);
+                        job.acts.copy_codes(t, b * len, &mut x[..len]);
+                        for (i, sum) in sums_of[..n_subs].iter_mut().enumerate() {
+                            *sum = job.acts.sum(t, sub, b * n_subs + i);
+                        }
                         sums[t - t0].add(&Product {
                             parts: &parts,
-                            quads: quads(&parts.codes[..len], &job.acts.codes(t)[b * len..][..len]),
+                            quads: quads(&parts.codes[..len], &x[..len]),
                             sub,
                             b,
-                            scale: job.acts.scales(t)[b],
-                            sums: &sums_of[b * n_subs..][..n_subs],
+                            scale: job.acts.scale(t, b),
+                            sums: &sums_of[..n_subs],
                         });
                     }
                 }

@@ -1,12 +1,13 @@
 //! The operations of the forward pass over all threads. Each is one fork and join.
 
 use super::acts::{ActKind, Acts};
-use super::elementwise::{Conv, D_CONV_MAX, Scan};
+use super::elementwise::{Conv, D_CONV_MAX, Run, Scan};
 use super::isa::Isa;
 use super::matmul::{Job, MatrixRef, Scratch};
 use super::memory::{Channels, LANES, Out, SharedMut};
 use super::table::{Kernels, kernels};
 use crate::pool::Pool;
+use crate::state::State;
 use kestrel_quant::codec;
 use std::ops::Range;
 
@@ -72,6 +73,25 @@ impl Mixer {
         let channels = || Channels::with_capacity(d_inner, n_tokens);
         Self { u: channels(), z: channels(), dt: channels(), d_inner }
     }
+}
+
+/// Consecutive tokens of one sequence among those that are computed together, and what the sequence remembers.
+pub struct Segment<'a> {
+    /// Advanced by its tokens.
+    pub state: &'a mut State,
+    /// How many of the tokens are this sequence's.
+    pub n_tokens: usize,
+}
+
+/// Each segment with where its tokens are. They must be `n_all` together.
+fn runs<'a>(segments: &'a [Segment<'_>], n_all: usize) -> impl Iterator<Item = (&'a State, Run)> {
+    let mut first = 0;
+    segments.iter().map(move |s| {
+        let run = Run { first, n_tokens: s.n_tokens, n_all };
+        first += s.n_tokens;
+        assert!(first <= n_all, "more tokens in segments than there are");
+        (&*s.state, run)
+    })
 }
 
 /// The part of `0..n` that worker `w` of `n_workers` owns: whole units, as equal as they go.
@@ -177,12 +197,13 @@ impl Compute {
     }
 
     /// x, z := in_proj · `acts`; u := silu(conv(x) + bias). Leaves u in `mixer.u` and, as `kind`, in `u_acts`; z in
-    /// `mixer.z`. `state` is the layer's `[channel / 16][d_conv - 1][16]`.
+    /// `mixer.z`. `segments` say whose tokens these are; of their states `layer_index` is used.
     pub fn in_proj(
         &mut self,
         layer: &InProj<'_>,
         acts: &Acts,
-        state: &mut [f32],
+        segments: &[Segment<'_>],
+        layer_index: usize,
         mixer: &mut Mixer,
         kind: ActKind,
         u_acts: &mut Acts,
@@ -194,7 +215,7 @@ impl Compute {
         mixer.z.set_tokens(n_tokens);
         u_acts.reset(kind, n_tokens, d_inner);
         let halves = [layer.weights.slice(0..d_inner), layer.weights.slice(d_inner..2 * d_inner)];
-        let (to, state) = (u_acts.writer(), SharedMut::new(state));
+        let to = u_acts.writer();
         let z_out = Out::blocked(mixer.z.numbers_mut(), n_tokens);
         let u_out = Out::blocked(mixer.u.numbers_mut(), n_tokens);
         let (kernels, n_workers) = (self.kernels, self.pool.n_workers());
@@ -205,15 +226,17 @@ impl Compute {
             for c in units(share(d_inner, channel_unit(kind), w, n_workers), kind) {
                 let blocks = c.start / LANES..c.end.div_ceil(LANES);
                 // SAFETY: channels of different workers and units are disjoint and whole blocks of 16, and so are
-                // the parts made of them; each is dropped before the next unit.
+                // the parts made of them, each sequence's state included, which its segment borrows exclusively; each
+                // part is dropped before the next unit.
                 unsafe {
                     product(kernels, &Job { weights: halves[0], rows: c.clone(), acts, out: u_out }, scratch);
                     let x = u_out.part(blocks.clone());
-                    let state =
-                        state.part(blocks.start * (d_conv - 1) * LANES..blocks.end * (d_conv - 1) * LANES);
                     let weight = &layer.conv_weight[c.start * d_conv..c.end * d_conv];
-                    let conv = Conv { weight, bias: &layer.conv_bias[c.clone()], d_conv, n_tokens };
-                    (kernels.conv_silu)(&conv, x, state);
+                    for (state, run) in runs(segments, n_tokens) {
+                        let state = state.conv_part(layer_index, blocks.clone());
+                        let conv = Conv { weight, bias: &layer.conv_bias[c.clone()], d_conv, run };
+                        (kernels.conv_silu)(&conv, x, state);
+                    }
                     (kernels.channel_acts)(x, n_tokens, &to, c.start, c.len());
                     product(kernels, &Job { weights: halves[1], rows: c, acts, out: z_out }, scratch);
                 }
@@ -222,15 +245,16 @@ impl Compute {
     }
 
     /// Δ := softplus(dt_proj · `dt_acts` + bias), the selective scan over u with B and C of `x_dbc` (n_tokens,
-    /// dt_rank + 2·d_state), and y := (scan + D·u) · silu(z). Leaves y in `mixer.u` and, as `kind`, in `y_acts`. `state`
-    /// is the layer's `[channel / 16][d_state][16]`.
+    /// dt_rank + 2·d_state), and y := (scan + D·u) · silu(z). Leaves y in `mixer.u` and, as `kind`, in `y_acts`. Segments
+    /// as for [`Self::in_proj`].
     #[allow(clippy::too_many_arguments)] // weights, inputs, state, outputs
     pub fn scan(
         &mut self,
         layer: &ScanWeights<'_>,
         dt_acts: &Acts,
         x_dbc: &[f32],
-        state: &mut [f32],
+        segments: &[Segment<'_>],
+        layer_index: usize,
         mixer: &mut Mixer,
         kind: ActKind,
         y_acts: &mut Acts,
@@ -243,7 +267,7 @@ impl Compute {
         );
         mixer.dt.set_tokens(n_tokens);
         y_acts.reset(kind, n_tokens, d_inner);
-        let (to, state, z) = (y_acts.writer(), SharedMut::new(state), mixer.z.numbers());
+        let (to, z) = (y_acts.writer(), mixer.z.numbers());
         let dt_out = Out::blocked(mixer.dt.numbers_mut(), n_tokens);
         let u_out = Out::blocked(mixer.u.numbers_mut(), n_tokens);
         let (kernels, n_workers) = (self.kernels, self.pool.n_workers());
@@ -259,17 +283,19 @@ impl Compute {
                     let job = Job { weights: layer.dt_proj, rows: c.clone(), acts: dt_acts, out: dt_out };
                     product(kernels, &job, scratch);
                     let (u, dt) = (u_out.part(blocks.clone()), dt_out.part(blocks.clone()));
-                    let state = state.part(blocks.start * d_state * LANES..blocks.end * d_state * LANES);
-                    let scan = Scan {
-                        a: &layer.a[c.start * d_state..c.end * d_state],
-                        d: &layer.d[c.clone()],
-                        dt_bias: &layer.dt_bias[c.clone()],
-                        d_state,
-                        n_tokens,
-                        bc: x_dbc.get(layer.dt_proj.cols..).unwrap_or(&[]),
-                        bc_stride: width,
-                    };
-                    (kernels.scan)(&scan, u, &z[numbers], dt, state);
+                    for (state, run) in runs(segments, n_tokens) {
+                        let scan = Scan {
+                            a: &layer.a[c.start * d_state..c.end * d_state],
+                            d: &layer.d[c.clone()],
+                            dt_bias: &layer.dt_bias[c.clone()],
+                            d_state,
+                            run,
+                            bc: x_dbc.get(layer.dt_proj.cols..).unwrap_or(&[]),
+                            bc_stride: width,
+                        };
+                        let state = state.ssm_part(layer_index, blocks.clone());
+                        (kernels.scan)(&scan, u, &z[numbers.clone()], dt, state);
+                    }
                     (kernels.channel_acts)(u, n_tokens, &to, c.start, c.len());
                 }
             }

@@ -102,27 +102,25 @@ unsafe fn put_columns<L: Lanes>(
 
 #[inline(always)]
 unsafe fn quantize_block<L: Lanes>(block: BlockMut<'_>, load: impl Fn(usize) -> L) {
-    let n_parts = block.codes.len() / LANES;
     let mut largest = L::splat(0.0);
-    for i in 0..n_parts {
+    for i in 0..block.len() / LANES {
         largest = load(i * LANES).abs().at_least(largest);
     }
     let largest = largest.largest();
     // Below this the inverse would overflow; such a block is nothing but zeros.
     const TINY: f32 = 1e-36;
     let (scale, inverse) = if largest < TINY { (0.0, 0.0) } else { (largest / 127.0, 127.0 / largest) };
-    *block.scale = scale;
+    block.put_scale(scale);
     let inverse = L::splat(inverse);
-    for (i, sum32) in block.sums32.iter_mut().enumerate() {
-        *sum32 = 0;
+    for i in 0..block.len() / 32 {
+        let mut sum32 = 0;
         for h in [2 * i, 2 * i + 1] {
-            let codes = load(h * LANES).mul(inverse).round();
-            let sum = codes.store_i8(block.codes.as_mut_ptr().add(h * LANES));
-            *sum32 += sum;
-            if let Some(sum16) = block.sums16.get_mut(h) {
-                *sum16 = sum;
-            }
+            let mut codes = [0; LANES];
+            let sum = load(h * LANES).mul(inverse).round().store_i8(codes.as_mut_ptr());
+            block.put_codes(h, &codes, sum);
+            sum32 += sum;
         }
+        block.put_sum32(i, sum32);
     }
 }
 
@@ -136,19 +134,36 @@ pub(crate) struct Conv<'a> {
     /// (channels)
     pub bias: &'a [f32],
     pub d_conv: usize,
+    pub run: Run,
+}
+
+/// Consecutive tokens of one sequence among all that are computed together.
+#[derive(Clone, Copy)]
+pub(crate) struct Run {
+    pub first: usize,
     pub n_tokens: usize,
+    /// Tokens of all sequences.
+    pub n_all: usize,
+}
+
+impl Run {
+    /// Where these tokens' numbers of channels `16 b..` are in [channel / 16][token][16].
+    fn of_block(&self, b: usize) -> std::ops::Range<usize> {
+        let start = (b * self.n_all + self.first) * LANES;
+        start..start + self.n_tokens * LANES
+    }
 }
 
 /// x := silu(conv(x) + bias) in place; `x` [channel / 16][token][16], `state` [channel / 16][d_conv - 1][16], the
 /// oldest input first.
 #[inline(always)]
 pub(crate) unsafe fn conv_silu<L: Lanes>(conv: &Conv<'_>, x: &mut [f32], state: &mut [f32]) {
-    let (k, n) = (conv.d_conv, conv.n_tokens);
+    let k = conv.d_conv;
     assert!((1..=D_CONV_MAX).contains(&k) && conv.weight.len() == conv.bias.len() * k);
     let n_blocks = conv.bias.len().div_ceil(LANES);
-    assert!(x.len() >= n_blocks * n * LANES && state.len() >= n_blocks * (k - 1) * LANES);
+    assert!(x.len() >= n_blocks * conv.run.n_all * LANES && state.len() >= n_blocks * (k - 1) * LANES);
     for (b, bias) in conv.bias.chunks(LANES).enumerate() {
-        let x = &mut x[b * n * LANES..][..n * LANES];
+        let x = &mut x[conv.run.of_block(b)];
         if bias.len() < LANES {
             // Channels that do not exist must not leave in the state what the buffer held before.
             x.chunks_exact_mut(LANES).for_each(|x| x[bias.len()..].fill(0.0));
@@ -205,7 +220,7 @@ pub(crate) struct Scan<'a> {
     /// (channels)
     pub dt_bias: &'a [f32],
     pub d_state: usize,
-    pub n_tokens: usize,
+    pub run: Run,
     /// B and C of token t start at `t * bc_stride` and `t * bc_stride + d_state`.
     pub bc: &'a [f32],
     pub bc_stride: usize,
@@ -215,14 +230,15 @@ pub(crate) struct Scan<'a> {
 /// `u`, `z`, `dt` are [channel / 16][token][16], `state` (h) is [channel / 16][d_state][16].
 #[inline(always)]
 pub(crate) unsafe fn scan<L: Lanes>(s: &Scan<'_>, u: &mut [f32], z: &[f32], dt: &[f32], state: &mut [f32]) {
-    let (n, d_state) = (s.n_tokens, s.d_state);
+    let d_state = s.d_state;
     let n_blocks = s.d.len().div_ceil(LANES);
     assert!(s.dt_bias.len() == s.d.len() && s.a.len() == s.d.len() * d_state);
-    assert!([u.len(), z.len(), dt.len()].iter().all(|&len| len >= n_blocks * n * LANES));
+    assert!([u.len(), z.len(), dt.len()].iter().all(|&len| len >= n_blocks * s.run.n_all * LANES));
     assert!(state.len() >= n_blocks * d_state * LANES);
-    assert!(n == 0 || s.bc.len() >= (n - 1) * s.bc_stride + 2 * d_state);
+    let end = s.run.first + s.run.n_tokens;
+    assert!(end <= s.run.n_all && (end == 0 || s.bc.len() >= (end - 1) * s.bc_stride + 2 * d_state));
     for b in 0..n_blocks {
-        let tokens = b * n * LANES..(b + 1) * n * LANES;
+        let tokens = s.run.of_block(b);
         let (u, z, dt) = (&mut u[tokens.clone()], &z[tokens.clone()], &dt[tokens]);
         let h = &mut state[b * d_state * LANES..][..d_state * LANES];
         match d_state {
@@ -270,10 +286,10 @@ unsafe fn scan_block<L: Lanes, const N: usize>(
     for (i, h) in h.iter_mut().enumerate() {
         *h = L::load(state.as_ptr().add(i * LANES));
     }
-    for t in 0..s.n_tokens {
+    for t in 0..s.run.n_tokens {
         let at = t * LANES;
         let (delta, delta_u, mut y) = step::<L>(bias, d, u.as_ptr().add(at), dt.as_ptr().add(at));
-        let bc = s.bc.as_ptr().add(t * s.bc_stride);
+        let bc = s.bc.as_ptr().add((s.run.first + t) * s.bc_stride);
         let mut y2 = L::splat(0.0);
         for i in 0..N {
             let decay = exp(delta.mul(L::load(a[i].as_ptr())));
@@ -305,10 +321,10 @@ unsafe fn scan_block_any<L: Lanes>(
 ) {
     let channels = b * LANES..b * LANES + lanes;
     let (d, bias) = (load_part(&s.d[channels.clone()]), load_part(&s.dt_bias[channels.clone()]));
-    for t in 0..s.n_tokens {
+    for t in 0..s.run.n_tokens {
         let at = t * LANES;
         let (delta, delta_u, mut y) = step::<L>(bias, d, u.as_ptr().add(at), dt.as_ptr().add(at));
-        let (input, output) = s.bc[t * s.bc_stride..][..2 * s.d_state].split_at(s.d_state);
+        let (input, output) = s.bc[(s.run.first + t) * s.bc_stride..][..2 * s.d_state].split_at(s.d_state);
         for i in 0..s.d_state {
             let mut a = [0.0; LANES];
             a.iter_mut().zip(channels.clone()).for_each(|(a, c)| *a = s.a[c * s.d_state + i]);

@@ -11,6 +11,8 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F, BW, DQ, VL, VBMI and VNNI.
     Avx512,
+    /// AMX with int8, for many tokens; else as [`Self::Avx512`].
+    Amx,
     /// NEON with the dot-product extension.
     Neon,
 }
@@ -19,7 +21,7 @@ pub enum Isa {
 const VARIABLE: &str = "KESTREL_ISA";
 
 impl Isa {
-    const ALL: [Isa; 4] = [Isa::Avx512, Isa::Neon, Isa::Avx2, Isa::Scalar]; // best first
+    const ALL: [Isa; 5] = [Isa::Amx, Isa::Avx512, Isa::Neon, Isa::Avx2, Isa::Scalar]; // best first
 
     /// The fastest one that this machine has.
     pub fn best() -> Self {
@@ -37,6 +39,7 @@ impl Isa {
             Self::Scalar => "scalar",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
+            Self::Amx => "amx",
             Self::Neon => "neon",
         }
     }
@@ -61,6 +64,8 @@ impl Isa {
                     && is_x86_feature_detected!("avx512vbmi")
                     && is_x86_feature_detected!("avx512vnni")
             }
+            #[cfg(target_arch = "x86_64")]
+            Self::Amx => Self::Avx512.supported() && super::x86::amx::available(),
             #[cfg(target_arch = "aarch64")]
             Self::Neon => {
                 std::arch::is_aarch64_feature_detected!("neon")

@@ -70,10 +70,14 @@ pub(crate) struct Job<'a> {
 /// worker accesses the job's rows of the output.
 pub(crate) type Matmul = unsafe fn(&Job<'_>, &mut Scratch);
 
-/// Columns of a panel that is expanded at a time.
-pub(crate) const PANEL_COLS: usize = 1024;
+/// Columns of a panel that is expanded at a time: few, so that the panel, the activations that it meets and the sums
+/// stay in the first-level cache together.
+pub(crate) const PANEL_COLS: usize = 256;
 /// Rows of an expanded panel.
 pub(crate) const PANEL_ROWS: usize = 32;
+
+/// Sub-blocks whose integer products wait for their scales at a time, where there are tiles for them.
+pub(crate) const TILE_SUBS: usize = 8;
 
 /// What one worker needs beside its registers; its size depends on nothing but the number of tokens.
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // NEON has no panels of integers yet
@@ -82,12 +86,12 @@ pub(crate) struct Scratch {
     pub panel: Aligned<f32>,
     /// Rows before they are interleaved.
     pub rows: Aligned<f32>,
-    /// Scales, then minimums, of an expanded panel.
+    /// Scales, then offsets, of an expanded panel.
     pub scales: Aligned<f32>,
-    /// What sums of activations contribute, [token][sub-block].
-    pub terms: Aligned<f32>,
-    /// Sums over the panels so far, [token][row].
+    /// Sums over the panels so far, [token][row] here.
     pub sums: Aligned<f32>,
+    /// Integer products of tiles of 16 rows by 16 tokens.
+    pub tiles: Aligned<i32>,
 }
 
 impl Scratch {
@@ -97,8 +101,8 @@ impl Scratch {
             panel: Aligned::zeroed(PANEL_COLS * PANEL_ROWS),
             rows: Aligned::zeroed(PANEL_COLS * PANEL_ROWS),
             scales: Aligned::zeroed(PANEL_COLS / 16 * PANEL_ROWS * 2),
-            terms: Aligned::zeroed(n_tokens * PANEL_COLS / 16),
-            sums: Aligned::zeroed(n_tokens * PANEL_ROWS),
+            sums: Aligned::zeroed(n_tokens.next_multiple_of(LANES) * PANEL_ROWS),
+            tiles: Aligned::zeroed(2 * TILE_SUBS * LANES * LANES),
         }
     }
 }

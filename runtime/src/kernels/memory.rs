@@ -42,6 +42,27 @@ impl<T: Plain> Aligned<T> {
     }
 }
 
+impl<T: Plain> Aligned<T> {
+    /// The part `range`, of a buffer that several workers write.
+    ///
+    /// # Safety
+    /// No two parts that are alive at the same time overlap, and nobody reads the buffer as a whole meanwhile.
+    #[allow(clippy::mut_from_ref)] // that is its purpose
+    pub unsafe fn part(&self, range: Range<usize>) -> &mut [T] {
+        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {}", self.len);
+        // SAFETY: inside the buffer by the assertion, disjoint from the other parts by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr().add(range.start), range.len()) }
+    }
+}
+
+impl<T: Plain> Clone for Aligned<T> {
+    fn clone(&self) -> Self {
+        let mut copy = Self::zeroed(self.len);
+        copy.copy_from_slice(self);
+        copy
+    }
+}
+
 impl<T: Plain> Drop for Aligned<T> {
     fn drop(&mut self) {
         if let Some(layout) = Self::layout(self.len) {

@@ -33,8 +33,9 @@ mod table;
 mod x86;
 
 pub use acts::{ActKind, Acts};
-pub use compute::{Compute, InProj, Mixer, ScanWeights, Then};
+pub use compute::{Compute, InProj, Mixer, ScanWeights, Segment, Then};
 pub use isa::Isa;
 pub use matmul::MatrixRef;
+pub(crate) use memory::Aligned;
 pub use memory::{Channels, LANES};
 pub use table::{Kernels, kernels};

@@ -37,6 +37,8 @@ pub fn kernels(isa: Isa) -> &'static Kernels {
         Isa::Avx2 => &AVX2,
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => &AVX512,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Amx => &AMX,
         #[cfg(target_arch = "aarch64")]
         Isa::Neon => &NEON,
         _ => &SCALAR,
@@ -161,6 +163,14 @@ kernels!(
     Isa::Avx512,
     x86::avx512::Avx512,
     x86::avx512::int_matmul,
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
+);
+#[cfg(target_arch = "x86_64")]
+kernels!(
+    AMX,
+    Isa::Amx,
+    x86::avx512::Avx512,
+    x86::amx::int_matmul,
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
 );
 #[cfg(target_arch = "aarch64")]

@@ -1,5 +1,7 @@
-//! AVX2 and AVX-512. Blocks are taken apart by the same functions for both (`unpack.rs`).
+//! AVX2, AVX-512 and AMX. Blocks are taken apart (`unpack.rs`) and expanded (`panel.rs`) by the same functions for all.
 
+pub(super) mod amx;
 pub(super) mod avx2;
 pub(super) mod avx512;
+mod panel;
 mod unpack;

@@ -1,121 +1,49 @@
-//! Many tokens: 16 rows are expanded once, some columns at a time, and multiplied with all tokens in tiles of 16 rows
-//! by 4 tokens.
+//! Many tokens: tiles of 2 rows by 16 tokens.
 //!
-//! A panel is [column / 4][row][4] codes and [sub-block][row] scales and offsets as f32. Without a dot-product
-//! instruction, products are summed in i16 as long as the codes' size allows it exactly, then widened.
+//! Without a dot-product instruction, products are summed in i16 as long as the codes' size allows it exactly, then
+//! widened.
 
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for the instruction set and for `Matmul`'s contract alone
 
-use crate::kernels::matmul::{Job, PANEL_COLS, Scratch};
+use super::Avx2;
+use crate::kernels::acts::Group;
+use crate::kernels::matmul::{Job, Scratch};
 use crate::kernels::memory::LANES;
-use crate::kernels::x86::unpack::{Large, Small, f16};
+use crate::kernels::x86::panel::{Format, InLarge, InSmall, Panel, STRIDE, SUBS, Sweep, product, sums_of};
+use crate::kernels::x86::unpack::{Large, Small};
 use std::arch::x86_64::*;
 
-/// Sub-blocks of a panel at most.
-const SUBS: usize = PANEL_COLS / 16;
-/// Tokens of a tile.
-const TOKENS: usize = 4;
-
-/// What the inner loops read; all in the worker's scratch.
-struct Panel {
-    codes: *mut u8,
-    scales: *mut f32,
-    /// Added to a weight: -dmin·min, or m.
-    offsets: *mut f32,
-    sums: *mut f32,
-}
-
-impl Panel {
-    fn new(scratch: &mut Scratch) -> Self {
-        let (scales, offsets) = scratch.scales.split_at_mut(SUBS * LANES);
-        Self {
-            codes: scratch.panel.as_mut_ptr().cast(),
-            scales: scales.as_mut_ptr(),
-            offsets: offsets.as_mut_ptr(),
-            sums: scratch.sums.as_mut_ptr(),
-        }
-    }
-
-    /// Stores columns `k..k + 32` of row `r`; codes with a bias of 128 with their sign.
-    #[inline(always)]
-    unsafe fn put_codes(&self, k: usize, r: usize, codes: __m256i, bias: u8) {
-        let flip = if bias == 128 { _mm256_set1_epi8(i8::MIN) } else { _mm256_setzero_si256() };
-        let mut dwords = [0u32; 8];
-        _mm256_storeu_si256(dwords.as_mut_ptr().cast(), _mm256_xor_si256(codes, flip));
-        for (i, dword) in dwords.into_iter().enumerate() {
-            self.codes.cast::<u32>().add((k / 4 + i) * LANES + r).write(dword);
-        }
-    }
-}
-
-/// Goes through the panels: `expand(panel, row, r, k0, n)` fills row `r` of one, `sweep(panel, t, k0, n)` adds its
-/// products with some tokens to the sums.
-macro_rules! for_panels {
-    ($job:ident, $scratch:ident, $expand:ident, $sweep:ident, $type:ident) => {
-        let n_tokens = $job.acts.n_tokens();
-        for row0 in $job.rows.clone().step_by(LANES) {
-            let n_rows = LANES.min($job.rows.end - row0);
-            $scratch.sums[..n_tokens * LANES].fill(0.0);
-            let panel = Panel::new($scratch);
-            for k0 in (0..$job.weights.cols).step_by(PANEL_COLS) {
-                let n = PANEL_COLS.min($job.weights.cols - k0);
-                for r in 0..n_rows {
-                    $expand::<$type>(&panel, $job.weights.row(row0 + r), r, k0, n);
-                }
-                for t in (0..n_tokens / TOKENS * TOKENS).step_by(TOKENS) {
-                    $sweep::<$type, TOKENS>(&panel, $job, t, k0, n);
-                }
-                for t in n_tokens / TOKENS * TOKENS..n_tokens {
-                    $sweep::<$type, 1>(&panel, $job, t, k0, n);
-                }
-            }
-            for t in 0..n_tokens {
-                $job.out.put(row0, t, &$scratch.sums[t * LANES..][..n_rows]);
-            }
-        }
-    };
-}
+/// Rows of a tile.
+const ROWS: usize = 2;
+/// Registers of 8 that 16 tokens take.
+const HALVES: usize = 2;
 
 #[inline(always)]
 pub(super) unsafe fn small<F: Small>(job: &Job<'_>, scratch: &mut Scratch) {
-    for_panels!(job, scratch, expand_small, sweep_small, F);
+    product::<InSmall<F>, Maddubs>(job, scratch);
 }
 
 #[inline(always)]
 pub(super) unsafe fn large<F: Large>(job: &Job<'_>, scratch: &mut Scratch) {
-    for_panels!(job, scratch, expand_large, sweep_large, F);
+    product::<InLarge<F>, Maddubs>(job, scratch);
 }
 
-#[inline(always)]
-unsafe fn expand_small<F: Small>(panel: &Panel, row: &[u8], r: usize, k0: usize, n: usize) {
-    for b in 0..n / 32 {
-        let p = row[(k0 / 32 + b) * F::BYTES..][..F::BYTES].as_ptr();
-        panel.put_codes(32 * b, r, F::codes(p), F::BIAS);
-        *panel.scales.add(b * LANES + r) = f16(p);
-        if F::HAS_M {
-            *panel.offsets.add(b * LANES + r) = f16(p.add(2));
-        }
+struct Maddubs;
+
+impl Sweep for Maddubs {
+    type Lanes = Avx2;
+
+    /// That of codes of 8 bits, which are multiplied by size and sign; smaller ones unsigned.
+    fn taken_off(bias: u8) -> u8 {
+        if bias == 128 { 128 } else { 0 }
     }
-}
 
-#[inline(always)]
-unsafe fn expand_large<F: Large>(panel: &Panel, row: &[u8], r: usize, k0: usize, n: usize) {
-    let n_subs = 256 / F::SUB;
-    for b in 0..n / 256 {
-        let p = row[(k0 / 256 + b) * F::BYTES..][..F::BYTES].as_ptr();
-        for j in 0..8 {
-            panel.put_codes(256 * b + 32 * j, r, F::codes(p, j), F::BIAS);
-        }
-        let put = |to: *mut f32, x: __m128i, d: f32| {
-            let mut values = [0i8; 16];
-            _mm_storeu_si128(values.as_mut_ptr().cast(), x);
-            for (s, v) in values.into_iter().enumerate().take(n_subs) {
-                *to.add((b * n_subs + s) * LANES + r) = d * f32::from(v);
+    #[inline(always)]
+    unsafe fn sweep<F: Format>(panel: &Panel, job: &Job<'_>, n_rows: usize, k0: usize, n: usize) {
+        for g in 0..job.acts.n_groups() {
+            for r in (0..n_rows).step_by(ROWS) {
+                tile::<F>(panel, &job.acts.group(g), r, g, k0, n);
             }
-        };
-        put(panel.scales, F::scales(p), f16(p.add(F::D)));
-        if F::HAS_MINS {
-            put(panel.offsets, F::mins(p), -f16(p.add(F::DMIN)));
         }
     }
 }
@@ -129,140 +57,109 @@ const fn exact_steps(max_code: usize, sub: usize) -> usize {
     steps
 }
 
-/// Integer products of sub-block `sub` with `T` tokens whose codes are `x`; codes are below `1 << BITS`, or signed
-/// bytes for 8 bits. `bias` (per token) is taken off.
 #[inline(always)]
-unsafe fn dot_tile<const SUB: usize, const BITS: usize, const T: usize>(
+unsafe fn tile<F: Format>(panel: &Panel, acts: &Group<'_>, r: usize, g: usize, k0: usize, n: usize) {
+    let mut floats = [[_mm256_setzero_ps(); HALVES]; ROWS];
+    for sub in 0..n / F::SUB {
+        let at = k0 + sub * F::SUB;
+        let sums = sums_of::<F>(acts, at / F::SUB);
+        let sums: [__m256i; HALVES] = std::array::from_fn(|h| _mm256_loadu_si256(sums.add(8 * h).cast()));
+        let dots = dots::<F>(panel, acts, r, sub, at, &sums);
+        scale::<F>(panel, acts, r, at, sub, &dots, &sums, &mut floats);
+        if F::BLOCK == 256 && (sub + 1).is_multiple_of(256 / F::SUB) {
+            let scales = acts.scales[at / 256 * LANES..][..LANES].as_ptr();
+            for i in 0..ROWS {
+                for h in 0..HALVES {
+                    let to = panel.sums(g, r + i).add(8 * h);
+                    let scale = _mm256_loadu_ps(scales.add(8 * h));
+                    _mm256_storeu_ps(to, _mm256_fmadd_ps(floats[i][h], scale, _mm256_loadu_ps(to)));
+                    floats[i][h] = _mm256_setzero_ps();
+                }
+            }
+        }
+    }
+    if F::BLOCK == 32 {
+        for i in 0..ROWS {
+            for h in 0..HALVES {
+                let to = panel.sums(g, r + i).add(8 * h);
+                _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), floats[i][h]));
+            }
+        }
+    }
+}
+
+/// Integer products of sub-block `sub` of the panel, which begins at column `at`.
+#[inline(always)]
+unsafe fn dots<F: Format>(
     panel: &Panel,
-    x: &[*const i8; T],
-    bias: &[i32; T],
+    acts: &Group<'_>,
+    r: usize,
     sub: usize,
-) -> [[__m256i; T]; 2] {
-    let mut sums = [[_mm256_setzero_si256(); T]; 2];
-    for i in 0..T {
-        (sums[0][i], sums[1][i]) = (_mm256_set1_epi32(-bias[i]), _mm256_set1_epi32(-bias[i]));
+    at: usize,
+    sums: &[__m256i; HALVES],
+) -> [[__m256i; HALVES]; ROWS] {
+    let left = F::BIAS - Maddubs::taken_off(F::BIAS);
+    let mut dots = [[_mm256_setzero_si256(); HALVES]; ROWS];
+    if left != 0 {
+        let start = sums.map(|sum| _mm256_mullo_epi32(sum, _mm256_set1_epi32(-i32::from(left))));
+        dots = [start; ROWS];
     }
     let ones = _mm256_set1_epi16(1);
-    let codes = panel.codes.add(sub * SUB * LANES);
-    let weights = |k: usize, half: usize| _mm256_loadu_si256(codes.add(k * 4 * LANES + half * 32).cast());
-    let tokens =
-        |i: usize, k: usize| _mm256_set1_epi32(x[i].add(sub * SUB + 4 * k).cast::<i32>().read_unaligned());
-    let steps = if BITS == 8 { 1 } else { exact_steps((1 << BITS) - 1, SUB) };
-    for k0 in (0..SUB / 4).step_by(steps) {
-        for half in 0..2 {
-            let mut pairs = [_mm256_setzero_si256(); T];
-            for k in k0..k0 + steps {
-                let w = weights(k, half);
-                for i in 0..T {
-                    let x = tokens(i, k);
-                    let products = match BITS {
-                        8 => _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)),
-                        _ => _mm256_maddubs_epi16(w, x),
+    let codes = panel.codes.add(r * STRIDE + sub * F::SUB);
+    let x = acts.codes[at * LANES..][..F::SUB * LANES].as_ptr();
+    let steps = if F::BITS == 8 { 1 } else { exact_steps((1 << F::BITS) - 1, F::SUB) };
+    for k0 in (0..F::SUB / 4).step_by(steps) {
+        let mut pairs = [[_mm256_setzero_si256(); HALVES]; ROWS];
+        for k in k0..k0 + steps {
+            let x: [__m256i; HALVES] =
+                std::array::from_fn(|h| _mm256_loadu_si256(x.add(4 * k * LANES + 32 * h).cast()));
+            for i in 0..ROWS {
+                let w = _mm256_set1_epi32(codes.add(i * STRIDE + 4 * k).cast::<i32>().read_unaligned());
+                for h in 0..HALVES {
+                    let products = match F::BITS {
+                        8 => _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x[h], w)),
+                        _ => _mm256_maddubs_epi16(w, x[h]),
                     };
-                    pairs[i] = _mm256_add_epi16(pairs[i], products);
+                    pairs[i][h] = _mm256_add_epi16(pairs[i][h], products);
                 }
             }
-            for i in 0..T {
-                sums[half][i] = _mm256_add_epi32(sums[half][i], _mm256_madd_epi16(pairs[i], ones));
+        }
+        for i in 0..ROWS {
+            for h in 0..HALVES {
+                dots[i][h] = _mm256_add_epi32(dots[i][h], _mm256_madd_epi16(pairs[i][h], ones));
             }
         }
     }
-    sums
+    dots
 }
 
-/// What `code · x` has too much because of the bias, from the sum of the activations.
+/// Scales integer products and adds them; `sums` are those of the activations' codes.
 #[inline(always)]
-fn bias_term(bias: u8, sum: i32) -> i32 {
-    if bias == 128 { 0 } else { i32::from(bias) * sum }
-}
-
-/// Eight rows' numbers times one, added to their sums.
-#[inline(always)]
-unsafe fn add_product(rows: *const f32, factor: __m256, sum: __m256) -> __m256 {
-    _mm256_fmadd_ps(factor, _mm256_loadu_ps(rows), sum)
-}
-
-/// Adds `T` tokens times a panel of a type with blocks of 32 to the sums.
-#[inline(always)]
-unsafe fn sweep_small<F: Small, const T: usize>(
+#[allow(clippy::too_many_arguments)] // where, what, and the sums
+unsafe fn scale<F: Format>(
     panel: &Panel,
-    job: &Job<'_>,
-    t0: usize,
-    k0: usize,
-    n: usize,
+    acts: &Group<'_>,
+    r: usize,
+    at: usize,
+    sub: usize,
+    dots: &[[__m256i; HALVES]; ROWS],
+    sums: &[__m256i; HALVES],
+    floats: &mut [[__m256; HALVES]; ROWS],
 ) {
-    let x: [*const i8; T] = std::array::from_fn(|i| job.acts.codes(t0 + i)[k0..].as_ptr());
-    let mut sums = [[_mm256_setzero_ps(); T]; 2];
-    for sub in 0..n / 32 {
-        let terms: [i32; T] = std::array::from_fn(|i| job.acts.sums32(t0 + i)[k0 / 32 + sub]);
-        let bias = terms.map(|sum| bias_term(F::BIAS, sum));
-        let dots = match F::BIAS {
-            128 => dot_tile::<32, 8, T>(panel, &x, &bias, sub),
-            8 => dot_tile::<32, 4, T>(panel, &x, &bias, sub),
-            _ => dot_tile::<32, 5, T>(panel, &x, &bias, sub),
-        };
-        for half in 0..2 {
-            for i in 0..T {
-                let (at, factor) = (sub * LANES + 8 * half, job.acts.scales(t0 + i)[k0 / 32 + sub]);
-                let dot = _mm256_mul_ps(_mm256_cvtepi32_ps(dots[half][i]), _mm256_set1_ps(factor));
-                sums[half][i] = add_product(panel.scales.add(at), dot, sums[half][i]);
-                if F::HAS_M {
-                    let term = _mm256_set1_ps(terms[i] as f32 * factor);
-                    sums[half][i] = add_product(panel.offsets.add(at), term, sums[half][i]);
-                }
-            }
+    let scaled = |h: usize, dot: __m256i| match F::BLOCK {
+        32 => {
+            let scale = _mm256_loadu_ps(acts.scales[at / 32 * LANES + 8 * h..][..8].as_ptr());
+            _mm256_mul_ps(_mm256_cvtepi32_ps(dot), scale)
         }
-    }
-    for half in 0..2 {
-        for i in 0..T {
-            let to = panel.sums.add((t0 + i) * LANES + 8 * half);
-            _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), sums[half][i]));
-        }
-    }
-}
-
-/// Adds `T` tokens times a panel of a type with blocks of 256 to the sums.
-#[inline(always)]
-unsafe fn sweep_large<F: Large, const T: usize>(
-    panel: &Panel,
-    job: &Job<'_>,
-    t0: usize,
-    k0: usize,
-    n: usize,
-) {
-    let x: [*const i8; T] = std::array::from_fn(|i| job.acts.codes(t0 + i)[k0..].as_ptr());
-    let n_subs = 256 / F::SUB;
-    for block in 0..n / 256 {
-        let mut sums = [[_mm256_setzero_ps(); T]; 2];
-        for sub in block * n_subs..(block + 1) * n_subs {
-            let terms: [i32; T] = std::array::from_fn(|i| match F::SUB {
-                16 => job.acts.sums16(t0 + i)[k0 / 16 + sub],
-                _ => job.acts.sums32(t0 + i)[k0 / 32 + sub],
-            });
-            let bias = terms.map(|sum| bias_term(F::BIAS, sum));
-            let dots = match (F::SUB, F::BITS) {
-                (16, 6) => dot_tile::<16, 6, T>(panel, &x, &bias, sub),
-                (16, _) => dot_tile::<16, 3, T>(panel, &x, &bias, sub),
-                (_, 4) => dot_tile::<32, 4, T>(panel, &x, &bias, sub),
-                (_, 5) => dot_tile::<32, 5, T>(panel, &x, &bias, sub),
-                _ => dot_tile::<32, 8, T>(panel, &x, &bias, sub),
-            };
-            for half in 0..2 {
-                for i in 0..T {
-                    let (at, dot) = (sub * LANES + 8 * half, _mm256_cvtepi32_ps(dots[half][i]));
-                    sums[half][i] = add_product(panel.scales.add(at), dot, sums[half][i]);
-                    if F::HAS_MINS {
-                        let term = _mm256_set1_ps(terms[i] as f32);
-                        sums[half][i] = add_product(panel.offsets.add(at), term, sums[half][i]);
-                    }
-                }
-            }
-        }
-        for i in 0..T {
-            let scale = _mm256_set1_ps(job.acts.scales(t0 + i)[k0 / 256 + block]);
-            for half in 0..2 {
-                let to = panel.sums.add((t0 + i) * LANES + 8 * half);
-                _mm256_storeu_ps(to, _mm256_fmadd_ps(sums[half][i], scale, _mm256_loadu_ps(to)));
+        _ => _mm256_cvtepi32_ps(dot),
+    };
+    for i in 0..ROWS {
+        let scale = _mm256_set1_ps(*panel.scales.add((r + i) * SUBS + sub));
+        for h in 0..HALVES {
+            floats[i][h] = _mm256_fmadd_ps(scaled(h, dots[i][h]), scale, floats[i][h]);
+            if F::HAS_OFFSETS {
+                let offset = _mm256_set1_ps(*panel.offsets.add((r + i) * SUBS + sub));
+                floats[i][h] = _mm256_fmadd_ps(offset, scaled(h, sums[h]), floats[i][h]);
             }
         }
     }

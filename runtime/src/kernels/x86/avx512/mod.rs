@@ -5,6 +5,7 @@ mod panel;
 mod rows;
 
 pub(crate) use lanes::Avx512;
+pub(super) use panel::{close, ends_block, scale};
 
 use super::unpack::{self, by_type};
 use crate::kernels::matmul::{INT_PANEL_TOKENS, Job, Scratch};
@@ -16,14 +17,24 @@ use kestrel_formats::GgmlType;
 /// That of [`crate::kernels::matmul::Matmul`].
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
 pub(crate) unsafe fn int_matmul(job: &Job<'_>, scratch: &mut Scratch) {
-    use panel::{large as panel_large, small as panel_small};
-    use rows::{large as rows_large, small as rows_small};
+    use panel::{large, small};
     // SAFETY: the caller's.
     unsafe {
         if job.acts.n_tokens() < INT_PANEL_TOKENS {
-            by_type!(job.weights.dtype, rows_small, rows_large, (job));
+            int_rows(job);
         } else {
-            by_type!(job.weights.dtype, panel_small, panel_large, (job, scratch));
+            by_type!(job.weights.dtype, small, large, (job, scratch));
         }
     }
+}
+
+/// Weights times the int8 activations of few tokens.
+///
+/// # Safety
+/// That of [`crate::kernels::matmul::Matmul`].
+#[inline(always)]
+pub(super) unsafe fn int_rows(job: &Job<'_>) {
+    use rows::{large, small};
+    // SAFETY: the caller's.
+    unsafe { by_type!(job.weights.dtype, small, large, (job)) };
 }

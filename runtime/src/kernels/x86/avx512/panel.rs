@@ -1,309 +1,177 @@
-//! Many tokens: 32 rows are expanded once, some columns at a time, and multiplied with all tokens in tiles of 32 rows
-//! by 6 tokens: 24 sums, 2 registers of weights, 1 of activations.
+//! Many tokens with vpdpbusd: tiles of 4 rows by up to 3 groups of 16 tokens.
 //!
-//! A panel is [column / 4][row][4] codes, unsigned (vpdpbusd takes its weights so), and [sub-block][row] scales and
-//! offsets as f32. What the codes' bias adds to a sum, bias · Σ activations, is taken off by starting the sum there.
+//! Per four columns a tile of 4 by 48 takes 4 broadcasts of weights, 3 loads of activations and 12 dot products, so
+//! loads are no limit; per sub-block of 32, 96 dot products stand beside 12 conversions and 12 or 24 multiply-adds,
+//! which leaves 73 % (with minimums) or 80 % of the peak where all of these share two ports.
 
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for the instruction set and for `Matmul`'s contract alone
 
-use super::lanes::transpose_dwords;
-use crate::kernels::matmul::{Job, PANEL_COLS, PANEL_ROWS, Scratch};
+use super::Avx512;
+use crate::kernels::acts::Group;
+use crate::kernels::matmul::{Job, Scratch};
 use crate::kernels::memory::LANES;
-use crate::kernels::x86::unpack::{Large, Small, f16};
+use crate::kernels::x86::panel::{Format, InLarge, InSmall, Panel, STRIDE, SUBS, Sweep, product, sums_of};
+use crate::kernels::x86::unpack::{Large, Small};
 use std::arch::x86_64::*;
-
-/// Sub-blocks of a panel at most.
-const SUBS: usize = PANEL_COLS / 16;
-const _: () = assert!(PANEL_ROWS == 2 * LANES);
-
-/// What the inner loops read; all in the worker's scratch.
-struct Panel {
-    codes: *mut u8,
-    scales: *mut f32,
-    /// Added to a weight: -dmin·min, or m.
-    offsets: *mut f32,
-    /// [token][sub-block]: i32 -bias·Σ, or f32 Σ (times the activations' scale for blocks of 32).
-    terms: *mut f32,
-    sums: *mut f32,
-}
-
-impl Panel {
-    fn new(scratch: &mut Scratch) -> Self {
-        let (scales, offsets) = scratch.scales.split_at_mut(SUBS * PANEL_ROWS);
-        Self {
-            codes: scratch.panel.as_mut_ptr().cast(),
-            scales: scales.as_mut_ptr(),
-            offsets: offsets.as_mut_ptr(),
-            terms: scratch.terms.as_mut_ptr(),
-            sums: scratch.sums.as_mut_ptr(),
-        }
-    }
-
-    /// Stores 16 rows of 64 codes as rows `16 half..` of columns `k..k + 64`.
-    #[inline(always)]
-    unsafe fn put_codes(&self, k: usize, half: usize, rows: &mut [__m512i; LANES]) {
-        transpose_dwords(rows);
-        for (i, column) in rows.iter().enumerate() {
-            let to = self.codes.add((k / 4 + i) * 4 * PANEL_ROWS + half * 64);
-            _mm512_storeu_si512(to.cast(), *column);
-        }
-    }
-}
-
-/// Goes through the panels: `expand(panel, rows, k0, n)` fills one, `sweep(panel, k0, n)` adds its products to the sums.
-macro_rules! for_panels {
-    ($job:ident, $scratch:ident, $expand:ident, $sweep:ident, $type:ident) => {
-        let n_tokens = $job.acts.n_tokens();
-        for row0 in $job.rows.clone().step_by(PANEL_ROWS) {
-            let n_rows = PANEL_ROWS.min($job.rows.end - row0);
-            $scratch.sums[..n_tokens * PANEL_ROWS].fill(0.0);
-            let panel = Panel::new($scratch);
-            // Rows that do not exist are copies of the last one; their results are dropped.
-            let rows: [usize; PANEL_ROWS] = std::array::from_fn(|r| row0 + r.min(n_rows - 1));
-            for k0 in (0..$job.weights.cols).step_by(PANEL_COLS) {
-                let n = PANEL_COLS.min($job.weights.cols - k0);
-                $expand::<$type>(&panel, $job, &rows, k0, n);
-                let mut t = 0;
-                while t + 6 <= n_tokens {
-                    $sweep::<$type, 6>(&panel, $job, t, k0, n);
-                    t += 6;
-                }
-                while t + 3 <= n_tokens {
-                    $sweep::<$type, 3>(&panel, $job, t, k0, n);
-                    t += 3;
-                }
-                while t < n_tokens {
-                    $sweep::<$type, 1>(&panel, $job, t, k0, n);
-                    t += 1;
-                }
-            }
-            for (half, row) in (row0..row0 + n_rows).step_by(LANES).enumerate() {
-                for t in 0..n_tokens {
-                    let sums = &$scratch.sums[t * PANEL_ROWS + half * LANES..];
-                    $job.out.put(row, t, &sums[..LANES.min(row0 + n_rows - row)]);
-                }
-            }
-        }
-    };
-}
 
 #[inline(always)]
 pub(super) unsafe fn small<F: Small>(job: &Job<'_>, scratch: &mut Scratch) {
-    for_panels!(job, scratch, expand_small, sweep_small, F);
+    product::<InSmall<F>, Vnni>(job, scratch);
 }
 
 #[inline(always)]
 pub(super) unsafe fn large<F: Large>(job: &Job<'_>, scratch: &mut Scratch) {
-    for_panels!(job, scratch, expand_large, sweep_large, F);
+    product::<InLarge<F>, Vnni>(job, scratch);
 }
 
+struct Vnni;
+
+impl Sweep for Vnni {
+    type Lanes = Avx512;
+
+    /// Nothing: vpdpbusd takes the weights unsigned.
+    fn taken_off(_bias: u8) -> u8 {
+        0
+    }
+
+    #[inline(always)]
+    unsafe fn sweep<F: Format>(panel: &Panel, job: &Job<'_>, n_rows: usize, k0: usize, n: usize) {
+        let n_groups = job.acts.n_groups();
+        let mut g = 0;
+        while g < n_groups {
+            match n_groups - g {
+                1 => groups::<F, 8, 1>(panel, job, n_rows, g, k0, n),
+                2 => groups::<F, 4, 2>(panel, job, n_rows, g, k0, n),
+                _ => groups::<F, 4, 3>(panel, job, n_rows, g, k0, n),
+            }
+            g += (n_groups - g).min(3);
+        }
+    }
+}
+
+/// All rows times `G` groups from `g` on, `R` rows at a time.
 #[inline(always)]
-unsafe fn expand_small<F: Small>(
+unsafe fn groups<F: Format, const R: usize, const G: usize>(
     panel: &Panel,
     job: &Job<'_>,
-    rows: &[usize; PANEL_ROWS],
+    n_rows: usize,
+    g: usize,
     k0: usize,
     n: usize,
 ) {
-    for half in 0..2 {
-        for k in (0..n).step_by(64) {
-            let mut codes = [_mm512_setzero_si512(); LANES];
-            for (r, codes) in codes.iter_mut().enumerate() {
-                let r = half * LANES + r;
-                let p = job.weights.row(rows[r]).as_ptr().add((k0 + k) / 32 * F::BYTES);
-                let mut high = _mm256_setzero_si256();
-                for sub in 0..if n - k > 32 { 2 } else { 1 } {
-                    let p = p.add(sub * F::BYTES);
-                    let at = (k / 32 + sub) * PANEL_ROWS + r;
-                    *panel.scales.add(at) = f16(p);
-                    if F::HAS_M {
-                        *panel.offsets.add(at) = f16(p.add(2));
-                    }
-                    if sub == 1 {
-                        high = F::codes(p);
-                    }
-                }
-                *codes = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(F::codes(p)), high);
-            }
-            panel.put_codes(k, half, &mut codes);
-        }
-    }
-    for t in 0..job.acts.n_tokens() {
-        let (sums, scales) = (job.acts.sums32(t), job.acts.scales(t));
-        for s in 0..n / 32 {
-            let (sum, to) = (sums[k0 / 32 + s], panel.terms.add(t * SUBS + s));
-            match F::HAS_M {
-                true => *to = sum as f32 * scales[k0 / 32 + s],
-                false => *to.cast::<i32>() = -i32::from(F::BIAS) * sum,
-            }
-        }
+    let acts = std::array::from_fn(|i| job.acts.group(g + i));
+    for r in (0..n_rows).step_by(R) {
+        tile::<F, R, G>(panel, &acts, r, g, k0, n);
     }
 }
 
 #[inline(always)]
-unsafe fn expand_large<F: Large>(
+unsafe fn tile<F: Format, const R: usize, const G: usize>(
     panel: &Panel,
-    job: &Job<'_>,
-    rows: &[usize; PANEL_ROWS],
+    acts: &[Group<'_>; G],
+    r: usize,
+    g: usize,
     k0: usize,
     n: usize,
 ) {
-    let n_subs = 256 / F::SUB;
-    for k in (0..n).step_by(256) {
-        let block = |r: usize| job.weights.row(rows[r]).as_ptr().add((k0 + k) / 256 * F::BYTES);
-        for r in 0..PANEL_ROWS {
-            let p = block(r);
-            let scaled = |x: __m128i, d: f32| -> [f32; 16] {
-                let mut out = [0.0; 16];
-                let x = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x)), _mm512_set1_ps(d));
-                _mm512_storeu_ps(out.as_mut_ptr(), x);
-                out
-            };
-            let at = k / F::SUB * PANEL_ROWS + r;
-            for (s, v) in scaled(F::scales(p), f16(p.add(F::D))).into_iter().enumerate().take(n_subs) {
-                *panel.scales.add(at + s * PANEL_ROWS) = v;
+    let mut floats = [[_mm512_setzero_ps(); G]; R];
+    for sub in 0..n / F::SUB {
+        let at = k0 + sub * F::SUB;
+        let codes = panel.codes.add(r * STRIDE + sub * F::SUB);
+        let mut dots = [[_mm512_setzero_si512(); G]; R];
+        if F::BIAS != 0 {
+            for j in 0..G {
+                let sums = _mm512_loadu_si512(sums_of::<F>(&acts[j], at / F::SUB).cast());
+                let start = _mm512_mullo_epi32(sums, _mm512_set1_epi32(-i32::from(F::BIAS)));
+                dots.iter_mut().for_each(|dots| dots[j] = start);
             }
-            if F::HAS_MINS {
-                for (s, v) in scaled(F::mins(p), -f16(p.add(F::DMIN))).into_iter().enumerate().take(n_subs) {
-                    *panel.offsets.add(at + s * PANEL_ROWS) = v;
+        }
+        let x: [*const i8; G] =
+            std::array::from_fn(|j| acts[j].codes[at * LANES..][..F::SUB * LANES].as_ptr());
+        for k in (0..F::SUB).step_by(4) {
+            let x: [__m512i; G] = std::array::from_fn(|j| _mm512_loadu_si512(x[j].add(k * LANES).cast()));
+            for i in 0..R {
+                let w = _mm512_set1_epi32(codes.add(i * STRIDE + k).cast::<i32>().read_unaligned());
+                for j in 0..G {
+                    dots[i][j] = _mm512_dpbusd_epi32(dots[i][j], w, x[j]);
                 }
             }
         }
-        for half in 0..2 {
-            for j in 0..4 {
-                let mut codes = [_mm512_setzero_si512(); LANES];
-                for (r, codes) in codes.iter_mut().enumerate() {
-                    let p = block(half * LANES + r);
-                    let low = _mm512_castsi256_si512(F::codes(p, 2 * j));
-                    *codes = _mm512_inserti64x4::<1>(low, F::codes(p, 2 * j + 1));
-                }
-                panel.put_codes(k + 64 * j, half, &mut codes);
-            }
+        scale::<F, R, G>(panel, acts, r, at, sub, &dots, &mut floats);
+        if ends_block::<F>(sub) {
+            close::<F, R, G>(panel, acts, r, g, at, &mut floats);
         }
     }
-    for t in 0..job.acts.n_tokens() {
-        let sums = if F::SUB == 16 { job.acts.sums16(t) } else { job.acts.sums32(t) };
-        for (s, &sum) in sums[k0 / F::SUB..(k0 + n) / F::SUB].iter().enumerate() {
-            let to = panel.terms.add(t * SUBS + s);
-            match F::HAS_MINS {
-                true => *to = sum as f32,
-                false => *to.cast::<i32>() = -i32::from(F::BIAS) * sum,
-            }
-        }
+    if F::BLOCK == 32 {
+        close::<F, R, G>(panel, acts, r, g, 0, &mut floats);
     }
 }
 
-/// Integer products of sub-block `sub` (columns `k..k + SUB` of the panel) with `T` tokens; `x` are their codes.
+/// Whether the activations' scale is due after this sub-block; for blocks of 32 every product has it already.
 #[inline(always)]
-unsafe fn dot_tile<const SUB: usize, const BIAS: u8, const T: usize>(
+pub(in crate::kernels::x86) fn ends_block<F: Format>(sub: usize) -> bool {
+    F::BLOCK == 256 && (sub + 1).is_multiple_of(256 / F::SUB)
+}
+
+/// Scales the integer products `dots` of sub-block `sub` of the panel, which begins at column `at`, and adds them.
+#[inline(always)]
+pub(in crate::kernels::x86) unsafe fn scale<F: Format, const R: usize, const G: usize>(
     panel: &Panel,
-    x: &[*const i8; T],
-    t0: usize,
+    acts: &[Group<'_>; G],
+    r: usize,
+    at: usize,
     sub: usize,
-) -> [[__m512i; T]; 2] {
-    let mut sums = [[_mm512_setzero_si512(); T]; 2];
-    if BIAS != 0 {
-        for i in 0..T {
-            let start = _mm512_set1_epi32(*panel.terms.add((t0 + i) * SUBS + sub).cast::<i32>());
-            (sums[0][i], sums[1][i]) = (start, start);
+    dots: &[[__m512i; G]; R],
+    floats: &mut [[__m512; G]; R],
+) {
+    let act_scale = |j: usize| _mm512_loadu_ps(acts[j].scales[at / 32 * LANES..][..LANES].as_ptr());
+    let scaled = |j: usize, dot: __m512i| match F::BLOCK {
+        32 => _mm512_mul_ps(_mm512_cvtepi32_ps(dot), act_scale(j)),
+        _ => _mm512_cvtepi32_ps(dot),
+    };
+    for i in 0..R {
+        let scale = _mm512_set1_ps(*panel.scales.add((r + i) * SUBS + sub));
+        for j in 0..G {
+            floats[i][j] = _mm512_fmadd_ps(scaled(j, dots[i][j]), scale, floats[i][j]);
         }
     }
-    let codes = panel.codes.add(sub * SUB * PANEL_ROWS);
-    for k in 0..SUB / 4 {
-        let w0 = _mm512_loadu_si512(codes.add(k * 4 * PANEL_ROWS).cast());
-        let w1 = _mm512_loadu_si512(codes.add(k * 4 * PANEL_ROWS + 64).cast());
-        for i in 0..T {
-            let x = _mm512_set1_epi32(x[i].add(sub * SUB + 4 * k).cast::<i32>().read_unaligned());
-            sums[0][i] = _mm512_dpbusd_epi32(sums[0][i], w0, x);
-            sums[1][i] = _mm512_dpbusd_epi32(sums[1][i], w1, x);
+    if F::HAS_OFFSETS {
+        let sums: [__m512; G] = std::array::from_fn(|j| {
+            scaled(j, _mm512_loadu_si512(sums_of::<F>(&acts[j], at / F::SUB).cast()))
+        });
+        for i in 0..R {
+            let offset = _mm512_set1_ps(*panel.offsets.add((r + i) * SUBS + sub));
+            for j in 0..G {
+                floats[i][j] = _mm512_fmadd_ps(offset, sums[j], floats[i][j]);
+            }
         }
     }
-    sums
 }
 
-/// Adds `T` tokens times a panel of a type with blocks of 32 to the sums.
+/// Adds what has come together since the last time to the sums: a block of 256 (that of column `at`) times the scale
+/// of its activations, or a panel of blocks of 32 as it is.
 #[inline(always)]
-unsafe fn sweep_small<F: Small, const T: usize>(
+pub(in crate::kernels::x86) unsafe fn close<F: Format, const R: usize, const G: usize>(
     panel: &Panel,
-    job: &Job<'_>,
-    t0: usize,
-    k0: usize,
-    n: usize,
+    acts: &[Group<'_>; G],
+    r: usize,
+    g: usize,
+    at: usize,
+    floats: &mut [[__m512; G]; R],
 ) {
-    let x: [*const i8; T] = std::array::from_fn(|i| job.acts.codes(t0 + i)[k0..].as_ptr());
-    let scales: [*const f32; T] = std::array::from_fn(|i| job.acts.scales(t0 + i)[k0 / 32..].as_ptr());
-    let mut sums = [[_mm512_setzero_ps(); T]; 2];
-    for sub in 0..n / 32 {
-        let dots = match F::BIAS {
-            0 => dot_tile::<32, 0, T>(panel, &x, t0, sub),
-            _ => dot_tile::<32, 1, T>(panel, &x, t0, sub),
-        };
-        for half in 0..2 {
-            let at = sub * PANEL_ROWS + half * LANES;
-            let d = _mm512_loadu_ps(panel.scales.add(at));
-            for i in 0..T {
-                let dot =
-                    _mm512_mul_ps(_mm512_cvtepi32_ps(dots[half][i]), _mm512_set1_ps(*scales[i].add(sub)));
-                sums[half][i] = _mm512_fmadd_ps(dot, d, sums[half][i]);
-            }
-            if F::HAS_M {
-                let m = _mm512_loadu_ps(panel.offsets.add(at));
-                for i in 0..T {
-                    let term = _mm512_set1_ps(*panel.terms.add((t0 + i) * SUBS + sub));
-                    sums[half][i] = _mm512_fmadd_ps(m, term, sums[half][i]);
+    for i in 0..R {
+        for j in 0..G {
+            let to = panel.sums(g + j, r + i);
+            let sum = _mm512_loadu_ps(to);
+            let sum = match F::BLOCK {
+                256 => {
+                    let scale = _mm512_loadu_ps(acts[j].scales[at / 256 * LANES..][..LANES].as_ptr());
+                    _mm512_fmadd_ps(floats[i][j], scale, sum)
                 }
-            }
-        }
-    }
-    for half in 0..2 {
-        for i in 0..T {
-            let to = panel.sums.add((t0 + i) * PANEL_ROWS + half * LANES);
-            _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), sums[half][i]));
-        }
-    }
-}
-
-/// Adds `T` tokens times a panel of a type with blocks of 256 to the sums.
-#[inline(always)]
-unsafe fn sweep_large<F: Large, const T: usize>(
-    panel: &Panel,
-    job: &Job<'_>,
-    t0: usize,
-    k0: usize,
-    n: usize,
-) {
-    let x: [*const i8; T] = std::array::from_fn(|i| job.acts.codes(t0 + i)[k0..].as_ptr());
-    let n_subs = 256 / F::SUB;
-    for block in 0..n / 256 {
-        let mut sums = [[_mm512_setzero_ps(); T]; 2];
-        for sub in block * n_subs..(block + 1) * n_subs {
-            let dots = match (F::SUB, F::BIAS) {
-                (16, 0) => dot_tile::<16, 0, T>(panel, &x, t0, sub),
-                (16, _) => dot_tile::<16, 1, T>(panel, &x, t0, sub),
-                (_, 0) => dot_tile::<32, 0, T>(panel, &x, t0, sub),
-                _ => dot_tile::<32, 1, T>(panel, &x, t0, sub),
+                _ => _mm512_add_ps(sum, floats[i][j]),
             };
-            for half in 0..2 {
-                let at = sub * PANEL_ROWS + half * LANES;
-                let scale = _mm512_loadu_ps(panel.scales.add(at));
-                for i in 0..T {
-                    sums[half][i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[half][i]), scale, sums[half][i]);
-                }
-                if F::HAS_MINS {
-                    let offset = _mm512_loadu_ps(panel.offsets.add(at));
-                    for i in 0..T {
-                        let term = _mm512_set1_ps(*panel.terms.add((t0 + i) * SUBS + sub));
-                        sums[half][i] = _mm512_fmadd_ps(offset, term, sums[half][i]);
-                    }
-                }
-            }
-        }
-        for i in 0..T {
-            let scale = _mm512_set1_ps(job.acts.scales(t0 + i)[k0 / 256 + block]);
-            for half in 0..2 {
-                let to = panel.sums.add((t0 + i) * PANEL_ROWS + half * LANES);
-                _mm512_storeu_ps(to, _mm512_fmadd_ps(sums[half][i], scale, _mm512_loadu_ps(to)));
-            }
+            _mm512_storeu_ps(to, sum);
+            floats[i][j] = _mm512_setzero_ps();
         }
     }
 }

@@ -1,0 +1,211 @@
+//! Many tokens: some rows are expanded once, some columns at a time, and multiplied with all tokens, sixteen of which
+//! are interleaved ([`Group`]).
+//!
+//! A panel is [row][column] codes of a byte, and [row][sub-block] scales and offsets as f32. The weights stay in row
+//! order, so expanding them is unpacking and nothing else; what the products need interleaved are the activations, and
+//! those are written so when they are quantized. Here is what the instruction sets share; they differ in their
+//! [`Sweep`].
+
+#![allow(unsafe_op_in_unsafe_fn)] // unsafe for the instruction set and for `Matmul`'s contract alone
+
+use super::unpack::{Large, Small, f16};
+use crate::kernels::acts::Group;
+use crate::kernels::lanes::Lanes;
+use crate::kernels::matmul::{Job, PANEL_COLS, PANEL_ROWS, Scratch};
+use crate::kernels::memory::LANES;
+use std::arch::x86_64::*;
+use std::marker::PhantomData;
+
+/// Bytes from a row of codes to the next: rows of 256 alone would share their cache sets.
+pub(super) const STRIDE: usize = PANEL_COLS + 64;
+/// Sub-blocks of a row of a panel at most.
+pub(super) const SUBS: usize = PANEL_COLS / 16;
+
+/// What the inner loops read; all in the worker's scratch.
+pub(super) struct Panel {
+    /// [row][[`STRIDE`]]
+    pub codes: *mut u8,
+    /// [row][[`SUBS`]]
+    pub scales: *mut f32,
+    /// Added to a weight, -dmin·min or m: [row][[`SUBS`]]
+    pub offsets: *mut f32,
+    /// Over the panels so far: [token / 16][[`PANEL_ROWS`]][16]
+    pub sums: *mut f32,
+    /// Tiles of integer products on their way from AMX to f32.
+    pub tiles: *mut i32,
+}
+
+impl Panel {
+    fn new(scratch: &mut Scratch) -> Self {
+        assert!(
+            scratch.panel.len() * 4 >= PANEL_ROWS * STRIDE && scratch.scales.len() >= 2 * PANEL_ROWS * SUBS
+        );
+        let (scales, offsets) = scratch.scales.split_at_mut(SUBS * PANEL_ROWS);
+        Self {
+            codes: scratch.panel.as_mut_ptr().cast(),
+            scales: scales.as_mut_ptr(),
+            offsets: offsets.as_mut_ptr(),
+            sums: scratch.sums.as_mut_ptr(),
+            tiles: scratch.tiles.as_mut_ptr(),
+        }
+    }
+
+    /// The sums of row `r` with the 16 tokens of group `g`.
+    pub unsafe fn sums(&self, g: usize, r: usize) -> *mut f32 {
+        self.sums.add((g * PANEL_ROWS + r) * LANES)
+    }
+}
+
+/// A block format as panels have it: `weight = scale(sub-block) · code + offset(sub-block)`.
+pub(super) trait Format {
+    /// Weights that share an activation scale, 32 or 256: for 32, each product is scaled at once.
+    const BLOCK: usize;
+    /// Weights that share a scale.
+    const SUB: usize;
+    /// Codes are below `1 << BITS`, before [`Self::BIAS`] is taken off.
+    const BITS: usize;
+    const BIAS: u8;
+    const HAS_OFFSETS: bool;
+    /// Expands `n` weights from `blocks` on; of each code `minus` is taken off.
+    unsafe fn expand(
+        blocks: *const u8,
+        n: usize,
+        minus: u8,
+        codes: *mut u8,
+        scales: *mut f32,
+        offsets: *mut f32,
+    );
+
+    /// Bytes of a block, in the file.
+    const BYTES: usize;
+}
+
+/// A type with blocks of 32.
+pub(super) struct InSmall<F>(PhantomData<F>);
+
+impl<F: Small> Format for InSmall<F> {
+    const BLOCK: usize = 32;
+    const SUB: usize = 32;
+    const BITS: usize = match F::BIAS {
+        128 => 8,
+        8 => 4,
+        _ => 5,
+    };
+    const BIAS: u8 = F::BIAS;
+    const HAS_OFFSETS: bool = F::HAS_M;
+    const BYTES: usize = F::BYTES;
+
+    #[inline(always)]
+    unsafe fn expand(
+        blocks: *const u8,
+        n: usize,
+        minus: u8,
+        codes: *mut u8,
+        scales: *mut f32,
+        offsets: *mut f32,
+    ) {
+        let minus = _mm256_set1_epi8(minus as i8);
+        for b in 0..n / 32 {
+            let block = blocks.add(b * F::BYTES);
+            _mm256_storeu_si256(codes.add(32 * b).cast(), _mm256_sub_epi8(F::codes(block), minus));
+            *scales.add(b) = f16(block);
+            if F::HAS_M {
+                *offsets.add(b) = f16(block.add(2));
+            }
+        }
+    }
+}
+
+/// A type with blocks of 256.
+pub(super) struct InLarge<F>(PhantomData<F>);
+
+impl<F: Large> Format for InLarge<F> {
+    const BLOCK: usize = 256;
+    const SUB: usize = F::SUB;
+    const BITS: usize = F::BITS;
+    const BIAS: u8 = F::BIAS;
+    const HAS_OFFSETS: bool = F::HAS_MINS;
+    const BYTES: usize = F::BYTES;
+
+    #[inline(always)]
+    unsafe fn expand(
+        blocks: *const u8,
+        n: usize,
+        minus: u8,
+        codes: *mut u8,
+        scales: *mut f32,
+        offsets: *mut f32,
+    ) {
+        let minus = _mm256_set1_epi8(minus as i8);
+        let n_subs = 256 / F::SUB;
+        for b in 0..n / 256 {
+            let block = blocks.add(b * F::BYTES);
+            for j in 0..8 {
+                let code = _mm256_sub_epi8(F::codes(block, j), minus);
+                _mm256_storeu_si256(codes.add(256 * b + 32 * j).cast(), code);
+            }
+            put_scaled::<F>(scales.add(b * n_subs), F::scales(block), f16(block.add(F::D)));
+            if F::HAS_MINS {
+                put_scaled::<F>(offsets.add(b * n_subs), F::mins(block), -f16(block.add(F::DMIN)));
+            }
+        }
+    }
+}
+
+/// Stores one number per sub-block of a block, times `d`.
+#[inline(always)]
+unsafe fn put_scaled<F: Large>(to: *mut f32, x: __m128i, d: f32) {
+    let d = _mm256_set1_ps(d);
+    _mm256_storeu_ps(to, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)), d));
+    if F::SUB == 16 {
+        let x = _mm_srli_si128::<8>(x);
+        _mm256_storeu_ps(to.add(8), _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)), d));
+    }
+}
+
+/// What an instruction set does with a panel.
+pub(super) trait Sweep {
+    type Lanes: Lanes;
+    /// What expansion takes off a code that has `bias`; the rest is left to the products.
+    fn taken_off(bias: u8) -> u8;
+    /// Adds the products of the panel's first `n_rows` rows, which are columns `k0..k0 + n`, with all tokens to the
+    /// sums. Rows up to the next multiple of 16 exist, but mean nothing.
+    unsafe fn sweep<F: Format>(panel: &Panel, job: &Job<'_>, n_rows: usize, k0: usize, n: usize);
+}
+
+/// Rows of `F` times many tokens.
+#[inline(always)]
+pub(super) unsafe fn product<F: Format, S: Sweep>(job: &Job<'_>, scratch: &mut Scratch) {
+    let (n_tokens, n_groups) = (job.acts.n_tokens(), job.acts.n_groups());
+    for row0 in job.rows.clone().step_by(PANEL_ROWS) {
+        let n_rows = PANEL_ROWS.min(job.rows.end - row0);
+        scratch.sums[..n_groups * PANEL_ROWS * LANES].fill(0.0);
+        let panel = Panel::new(scratch);
+        for k0 in (0..job.weights.cols).step_by(PANEL_COLS) {
+            let n = PANEL_COLS.min(job.weights.cols - k0);
+            for r in 0..n_rows {
+                let blocks =
+                    job.weights.row(row0 + r)[k0 / F::BLOCK * F::BYTES..][..n / F::BLOCK * F::BYTES].as_ptr();
+                let (scales, offsets) = (panel.scales.add(r * SUBS), panel.offsets.add(r * SUBS));
+                F::expand(blocks, n, S::taken_off(F::BIAS), panel.codes.add(r * STRIDE), scales, offsets);
+            }
+            S::sweep::<F>(&panel, job, n_rows, k0, n);
+        }
+        for (half, row) in (row0..row0 + n_rows).step_by(LANES).enumerate() {
+            for g in 0..n_groups {
+                let mut by_token = [0.0; LANES * LANES];
+                S::Lanes::transpose(panel.sums(g, half * LANES), LANES, by_token.as_mut_ptr());
+                for (i, sums) in by_token.chunks_exact(LANES).enumerate().take(n_tokens - g * LANES) {
+                    job.out.put(row, g * LANES + i, &sums[..LANES.min(row0 + n_rows - row)]);
+                }
+            }
+        }
+    }
+}
+
+/// Sums of the codes of sub-block `sub` of `F`, of all tokens of a group.
+#[inline(always)]
+pub(super) unsafe fn sums_of<F: Format>(group: &Group<'_>, sub: usize) -> *const i32 {
+    let sums = if F::SUB == 16 { group.sums16 } else { group.sums32 };
+    sums[sub * LANES..][..LANES].as_ptr()
+}
