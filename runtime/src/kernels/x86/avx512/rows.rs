@@ -1,198 +1,326 @@
-//! Few tokens: rows are read once, straight from their blocks, some rows side by side.
+//! Few tokens: rows are read once, straight from their blocks, four side by side.
+//!
+//! A decoded token reads every weight once, so what counts is how many instructions a weight takes. Codes are unpacked
+//! and multiplied 64 at a time, in the order in which their bytes lie; it is the activations, which all rows share,
+//! that are brought into that order. What a block has once (f16 scales, sub-block scales, minimums) is prepared for
+//! four rows together.
 
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for the instruction set and for `Matmul`'s contract alone
 
+use super::wide::{Four, Wide, X};
 use crate::kernels::matmul::Job;
 use crate::kernels::memory::LANES;
-use crate::kernels::x86::unpack::{Large, Small, f16};
 use std::arch::x86_64::*;
 
+/// Rows that are prepared together.
+const FOUR: usize = 4;
+/// Groups of four rows that are read side by side.
+const GROUPS: usize = 2;
 /// Rows that are read side by side.
-const ROWS: usize = 4;
-/// How far ahead of the reading a row is prefetched.
-const AHEAD_BYTES: usize = 1024;
+const ROWS: usize = GROUPS * FOUR;
 
-/// Calls `product(rows, token)` for groups of rows, first [`ROWS`] and then one at a time, and stores the results.
-macro_rules! for_rows {
+/// The same block of some rows.
+type Rows = [[*const u8; FOUR]; GROUPS];
+
+/// Calls `product::<F, T>(rows, token)` for groups of rows and of `T` tokens, and stores the results.
+macro_rules! for_groups {
     ($job:ident, $product:ident, $type:ident) => {
         for row0 in $job.rows.clone().step_by(LANES) {
             let n_rows = LANES.min($job.rows.end - row0);
-            for t in 0..$job.acts.n_tokens() {
-                let mut out = [0.0; LANES];
-                let mut r = 0;
-                while r + ROWS <= n_rows {
-                    out[r..r + ROWS].copy_from_slice(&$product::<$type, ROWS>($job, row0 + r, t));
-                    r += ROWS;
+            let mut t = 0;
+            while t < $job.acts.n_tokens() {
+                let mut out = [[0.0; LANES]; 4];
+                let n = match $job.acts.n_tokens() - t {
+                    1 => 1,
+                    2 | 3 => 2,
+                    _ => 4,
+                };
+                for r in (0..n_rows).step_by(ROWS) {
+                    // Rows beyond the last are the last again.
+                    let row = |i: usize| $job.weights.row(row0 + (r + i).min(n_rows - 1)).as_ptr();
+                    let rows: Rows = std::array::from_fn(|g| std::array::from_fn(|i| row(FOUR * g + i)));
+                    let out = &mut out.each_mut().map(|out| out.as_mut_ptr().add(r));
+                    match n {
+                        1 => $product::<$type, 1>($job, &rows, t, out),
+                        2 => $product::<$type, 2>($job, &rows, t, out),
+                        _ => $product::<$type, 4>($job, &rows, t, out),
+                    }
                 }
-                while r < n_rows {
-                    out[r] = $product::<$type, 1>($job, row0 + r, t)[0];
-                    r += 1;
+                for (i, out) in out[..n].iter().enumerate() {
+                    $job.out.put(row0, t + i, &out[..n_rows]);
                 }
-                $job.out.put(row0, t, &out[..n_rows]);
+                t += n;
             }
         }
     };
 }
 
 #[inline(always)]
-pub(super) unsafe fn small<F: Small>(job: &Job<'_>) {
-    for_rows!(job, small_product, F);
+pub(super) unsafe fn small<F: Four>(job: &Job<'_>) {
+    for_groups!(job, small_product, F);
 }
 
 #[inline(always)]
-pub(super) unsafe fn large<F: Large>(job: &Job<'_>) {
-    for_rows!(job, large_product, F);
+pub(super) unsafe fn large<F: Wide>(job: &Job<'_>) {
+    for_groups!(job, large_product, F);
 }
 
-/// Two blocks side by side.
+/// Fetches `bytes` bytes that are read after a group of rows.
 #[inline(always)]
-unsafe fn join(low: __m256i, high: __m256i) -> __m512i {
-    _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high)
+unsafe fn fetch(p: *const u8, ahead: usize, bytes: usize) {
+    for line in 0..bytes.div_ceil(64) {
+        _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(ahead + 64 * line).cast());
+    }
 }
 
-/// Two f16, `stride` bytes apart, as f32; the second is 0 unless `BOTH`.
+/// The sums of four vectors of four, in the order of `Lanes::sum`.
 #[inline(always)]
-unsafe fn two_f16<const BOTH: bool>(p: *const u8, stride: usize) -> __m128 {
-    let bits = |p: *const u8| u32::from(p.cast::<u16>().read_unaligned());
-    let bits = if BOTH { bits(p) | bits(p.add(stride)) << 16 } else { bits(p) };
-    _mm_cvtph_ps(_mm_cvtsi32_si128(bits as i32))
+unsafe fn sum_fours(x: [__m128; 4]) -> __m128 {
+    let halves = |a, b| _mm_add_ps(_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b));
+    let (low, high) = (halves(x[0], x[1]), halves(x[2], x[3]));
+    _mm_add_ps(_mm_movelh_ps(low, high), _mm_movehl_ps(high, low))
 }
 
-/// Two dwords; the second is 0 unless `BOTH`.
+/// Lanes i + 8 added to lanes i, then i + 4.
 #[inline(always)]
-unsafe fn two<const BOTH: bool, T>(p: *const T) -> __m128i {
-    if BOTH { _mm_loadl_epi64(p.cast()) } else { _mm_loadu_si32(p.cast()) }
+unsafe fn fold(x: __m512) -> __m128 {
+    let x = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps::<1>(x));
+    _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x))
 }
 
-/// Sums of `R` rows of blocks of 32.
-struct SmallSums<const R: usize> {
-    products: [__m512; R],
-    offsets: [__m128; R],
-}
-
+/// The four 256-bit parts, each folded to 128.
 #[inline(always)]
-unsafe fn small_product<F: Small, const R: usize>(job: &Job<'_>, row: usize, t: usize) -> [f32; R] {
-    let rows: [*const u8; R] = std::array::from_fn(|r| job.weights.row(row + r).as_ptr());
+unsafe fn halves(x: [__m512; 2]) -> [__m128; 4] {
+    let fold = |x| _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
+    let (low, high) = (|x| _mm512_castps512_ps256(x), |x| _mm512_extractf32x8_ps::<1>(x));
+    [fold(low(x[0])), fold(high(x[0])), fold(low(x[1])), fold(high(x[1]))]
+}
+
+/// The four 128-bit parts.
+#[inline(always)]
+unsafe fn quarters(x: __m512) -> [__m128; 4] {
+    [
+        _mm512_castps512_ps128(x),
+        _mm512_extractf32x4_ps::<1>(x),
+        _mm512_extractf32x4_ps::<2>(x),
+        _mm512_extractf32x4_ps::<3>(x),
+    ]
+}
+
+/// Rows of blocks of 32 times `T` tokens. A row has four lanes of a sum.
+#[inline(always)]
+unsafe fn small_product<F: Four, const T: usize>(job: &Job<'_>, rows: &Rows, t: usize, out: &[*mut f32; 4]) {
     let n_blocks = job.weights.cols / 32;
-    let mut sums = SmallSums { products: [_mm512_setzero_ps(); R], offsets: [_mm_setzero_ps(); R] };
-    for b in (0..n_blocks / 2 * 2).step_by(2) {
-        two_blocks::<F, R, true>(job, &rows, t, b, &mut sums);
+    let mut sums =
+        [SmallSums { products: [_mm512_setzero_ps(); T], offsets: [_mm512_setzero_ps(); T] }; GROUPS];
+    let whole = n_blocks / 4 * 4;
+    for b in (0..whole).step_by(4) {
+        some_blocks::<F, T, 4>(job, rows, t, b, &mut sums);
     }
-    if n_blocks % 2 == 1 {
-        two_blocks::<F, R, false>(job, &rows, t, n_blocks - 1, &mut sums);
+    match n_blocks - whole {
+        1 => some_blocks::<F, T, 1>(job, rows, t, whole, &mut sums),
+        2 => some_blocks::<F, T, 2>(job, rows, t, whole, &mut sums),
+        3 => some_blocks::<F, T, 3>(job, rows, t, whole, &mut sums),
+        _ => {}
     }
-    let mut out = [0.0; R];
-    for (r, out) in out.iter_mut().enumerate() {
-        *out = _mm512_reduce_add_ps(sums.products[r]); // in the order of `Lanes::sum`
-        if F::HAS_M {
-            let m = sums.offsets[r];
-            *out += _mm_cvtss_f32(_mm_add_ss(m, _mm_movehdup_ps(m)));
+    for g in 0..GROUPS {
+        for i in 0..T {
+            let mut sum = sum_fours(quarters(sums[g].products[i]));
+            if F::HAS_M {
+                sum = _mm_add_ps(sum, sum_fours(quarters(sums[g].offsets[i])));
+            }
+            _mm_storeu_ps(out[i].add(FOUR * g), sum);
         }
     }
-    out
 }
 
-/// Blocks `b` and, if `BOTH`, `b + 1` of `R` rows.
+/// Sums of four rows of blocks of 32, a row in each 128-bit part.
+#[derive(Clone, Copy)]
+struct SmallSums<const T: usize> {
+    products: [__m512; T],
+    offsets: [__m512; T],
+}
+
+/// The `N` numbers at `p` in each 128-bit part, zeros after them.
 #[inline(always)]
-unsafe fn two_blocks<F: Small, const R: usize, const BOTH: bool>(
+unsafe fn in_quarters<const N: usize>(p: *const f32) -> __m512 {
+    let four = match N {
+        4 => _mm_loadu_ps(p),
+        _ => _mm_maskz_loadu_ps((1 << N) - 1, p),
+    };
+    _mm512_broadcast_f32x4(four)
+}
+
+/// The f16 at `p`, `p + stride`.. of each row in its 128-bit part, as f32; zeros after `N` of them.
+#[inline(always)]
+unsafe fn f16_quarters<const N: usize>(p: &[*const u8; FOUR], stride: usize) -> __m512 {
+    let row = |p: *const u8| {
+        let bits = |i: usize| i64::from(p.add(i * stride).cast::<u16>().read_unaligned()) << (16 * i);
+        (0..N).fold(0, |all, i| all | bits(i))
+    };
+    _mm512_cvtph_ps(_mm256_setr_epi64x(row(p[0]), row(p[1]), row(p[2]), row(p[3])))
+}
+
+/// Number `j` of each 128-bit part in all its lanes.
+#[inline(always)]
+unsafe fn spread(x: __m512, j: usize) -> __m512 {
+    match j {
+        0 => _mm512_permute_ps::<0x00>(x),
+        1 => _mm512_permute_ps::<0x55>(x),
+        2 => _mm512_permute_ps::<0xaa>(x),
+        _ => _mm512_permute_ps::<0xff>(x),
+    }
+}
+
+/// Blocks `b..b + N` of the rows.
+#[inline(always)]
+unsafe fn some_blocks<F: Four, const T: usize, const N: usize>(
     job: &Job<'_>,
-    rows: &[*const u8; R],
+    rows: &Rows,
     t: usize,
     b: usize,
-    sums: &mut SmallSums<R>,
+    sums: &mut [SmallSums<T>; GROUPS],
 ) {
-    let halves = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-    let spread = |x: __m128| _mm512_permutexvar_ps(halves, _mm512_castps128_ps512(x));
-    let codes = job.acts.codes(t).as_ptr().add(32 * b);
-    let x = if BOTH {
-        _mm512_loadu_si512(codes.cast())
-    } else {
-        _mm512_zextsi256_si512(_mm256_loadu_si256(codes.cast()))
-    };
-    let scale = _mm_castsi128_ps(two::<BOTH, f32>(job.acts.scales(t).as_ptr().add(b)));
-    let scales = spread(scale);
     let zero = _mm512_setzero_si512();
-    let bias = _mm512_dpbusd_epi32(zero, _mm512_set1_epi8(F::BIAS as i8), x);
-    let sum = _mm_cvtepi32_ps(two::<BOTH, i32>(job.acts.sums32(t).as_ptr().add(b)));
-    let scaled_sum = _mm_mul_ps(scale, sum);
-    for r in 0..R {
-        let p = rows[r].add(b * F::BYTES);
-        _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(AHEAD_BYTES).cast());
-        let high = if BOTH { F::codes(p.add(F::BYTES)) } else { _mm256_setzero_si256() };
-        let mut dot = _mm512_dpbusd_epi32(zero, join(F::codes(p), high), x);
-        if F::BIAS != 0 {
-            dot = _mm512_sub_epi32(dot, bias);
-        }
-        let d = _mm512_mul_ps(spread(two_f16::<BOTH>(p, F::BYTES)), scales);
-        sums.products[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), d, sums.products[r]);
+    let scales: [__m512; T] =
+        std::array::from_fn(|i| in_quarters::<N>(job.acts.scales(t + i).as_ptr().add(b)));
+    let mut factors = [[_mm512_setzero_ps(); T]; GROUPS];
+    for g in 0..GROUPS {
+        let p = rows[g].map(|row| row.add(b * F::BYTES));
+        p.iter().for_each(|&p| fetch(p, ROWS * job.weights.row_bytes(), N * F::BYTES));
+        let d = f16_quarters::<N>(&p, F::BYTES);
+        factors[g] = scales.map(|scale| _mm512_mul_ps(d, scale));
         if F::HAS_M {
-            sums.offsets[r] = _mm_fmadd_ps(two_f16::<BOTH>(p.add(2), F::BYTES), scaled_sum, sums.offsets[r]);
+            let m = f16_quarters::<N>(&p.map(|p| p.add(2)), F::BYTES);
+            for i in 0..T {
+                let x_sums = _mm_cvtepi32_ps(match N {
+                    4 => _mm_loadu_si128(job.acts.sums32(t + i).as_ptr().add(b).cast()),
+                    _ => _mm_maskz_loadu_epi32((1 << N) - 1, job.acts.sums32(t + i).as_ptr().add(b)),
+                });
+                let term = _mm512_mul_ps(scales[i], _mm512_broadcast_f32x4(x_sums));
+                sums[g].offsets[i] = _mm512_fmadd_ps(m, term, sums[g].offsets[i]);
+            }
+        }
+    }
+    for j in 0..N {
+        let mut x = [[zero; 2]; T];
+        let mut start = [zero; T];
+        for i in 0..T {
+            let codes = job.acts.codes(t + i).as_ptr().add(32 * (b + j));
+            x[i] = [codes, codes.add(16)].map(|x| _mm512_broadcast_i32x4(_mm_loadu_si128(x.cast())));
+            if F::BIAS != 0 {
+                let bias = _mm512_set1_epi8(F::BIAS as i8);
+                let biases = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, bias, x[i][0]), bias, x[i][1]);
+                start[i] = _mm512_sub_epi32(zero, biases);
+            }
+        }
+        for g in 0..GROUPS {
+            let codes = F::four(&rows[g].map(|row| row.add((b + j) * F::BYTES)));
+            for i in 0..T {
+                let dot = _mm512_dpbusd_epi32(start[i], codes[0], x[i][0]);
+                let dot = _mm512_dpbusd_epi32(dot, codes[1], x[i][1]);
+                let sum = &mut sums[g].products[i];
+                *sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), spread(factors[g][i], j), *sum);
+            }
         }
     }
 }
 
+/// Sums of four rows of blocks of 256.
+#[derive(Clone, Copy)]
+struct LargeSums<const T: usize> {
+    /// A lane is a dword of the 64 bytes that the codes are read in.
+    products: [[__m512; FOUR]; T],
+    /// A lane is two sub-blocks; the rows one after the other.
+    mins: [[__m512; 2]; T],
+}
+
+/// Rows of blocks of 256 times `T` tokens.
 #[inline(always)]
-unsafe fn large_product<F: Large, const R: usize>(job: &Job<'_>, row: usize, t: usize) -> [f32; R] {
-    let rows: [*const u8; R] = std::array::from_fn(|r| job.weights.row(row + r).as_ptr());
-    let codes = job.acts.codes(t);
-    let mut sums = [_mm512_setzero_ps(); R];
+unsafe fn large_product<F: Wide, const T: usize>(job: &Job<'_>, rows: &Rows, t: usize, out: &[*mut f32; 4]) {
+    let zero = _mm512_setzero_ps();
+    let mut sums = [LargeSums { products: [[zero; FOUR]; T], mins: [[zero; 2]; T] }; GROUPS];
     for b in 0..job.weights.cols / 256 {
-        let mut x = [_mm512_setzero_si512(); 4];
-        let mut bias = x;
-        for k in 0..4 {
-            x[k] = _mm512_loadu_si512(codes.as_ptr().add(256 * b + 64 * k).cast());
-            bias[k] = _mm512_dpbusd_epi32(bias[k], _mm512_set1_epi8(F::BIAS as i8), x[k]);
-        }
-        let scale = job.acts.scales(t)[b];
-        for r in 0..R {
-            let p = rows[r].add(b * F::BYTES);
-            for line in 0..F::BYTES.div_ceil(64) {
-                _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(AHEAD_BYTES + 64 * line).cast());
+        let x: [X; T] = std::array::from_fn(|i| F::x(job.acts.codes(t + i).as_ptr().add(256 * b)));
+        let scale: [__m128; T] = std::array::from_fn(|i| _mm_set1_ps(job.acts.scales(t + i)[b]));
+        for g in 0..GROUPS {
+            let p = rows[g].map(|row| row.add(b * F::BYTES));
+            p.iter().for_each(|&p| fetch(p, ROWS * job.weights.row_bytes(), F::BYTES));
+            let (scales, mins) = F::scales_mins(&p);
+            let d = f16_four(&p.map(|p| p.add(F::D)));
+            let factors = scale.map(|scale| _mm512_castps128_ps512(_mm_mul_ps(d, scale)));
+            for r in 0..FOUR {
+                let codes = F::codes64(p[r]);
+                let scales: [__m512i; 4] = std::array::from_fn(|v| F::spread_scales(&scales, r, v));
+                let which = _mm512_set1_epi32(r as i32);
+                for i in 0..T {
+                    let mut dots = _mm512_setzero_si512();
+                    for v in 0..4 {
+                        let pairs = F::pairs(codes[v], x[i].codes[v], x[i].extra[v]);
+                        dots = _mm512_dpwssd_epi32(dots, pairs, scales[v]);
+                    }
+                    let factor = _mm512_permutexvar_ps(which, factors[i]);
+                    let sum = &mut sums[g].products[i][r];
+                    *sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots), factor, *sum);
+                }
             }
-            let dot = large_block::<F>(p, &x, &bias);
-            let d = _mm512_set1_ps(f16(p.add(F::D)) * scale);
-            sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), d, sums[r]);
             if F::HAS_MINS {
-                let dmin = _mm512_set1_ps(f16(p.add(F::DMIN)) * scale);
-                sums[r] = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(large_mins::<F>(p, job, t, b)), dmin, sums[r]);
+                let dmin = f16_four(&p.map(|p| p.add(F::DMIN)));
+                for i in 0..T {
+                    let factors = _mm512_castps128_ps512(_mm_mul_ps(dmin, scale[i]));
+                    let x_sums = x_sums::<F>(job, t + i, b);
+                    for h in 0..8 / (F::SUB / 4) {
+                        let dots = _mm512_cvtepi32_ps(_mm512_madd_epi16(mins[h], x_sums));
+                        let factors = _mm512_permutexvar_ps(mins_rows::<F>(h), factors);
+                        sums[g].mins[i][h] = _mm512_fmadd_ps(dots, factors, sums[g].mins[i][h]);
+                    }
+                }
             }
         }
     }
-    sums.map(|sum| _mm512_reduce_add_ps(sum)) // in the order of `Lanes::sum`
-}
-
-/// Sum over the sub-blocks of scale · (codes · x), spread over 16 lanes.
-#[inline(always)]
-unsafe fn large_block<F: Large>(p: *const u8, x: &[__m512i; 4], bias: &[__m512i; 4]) -> __m512i {
-    let scales = _mm512_cvtepi8_epi32(F::scales(p));
-    let mut sum = _mm512_setzero_si512();
-    for k in 0..4 {
-        let codes = join(F::codes(p, 2 * k), F::codes(p, 2 * k + 1));
-        let mut dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes, x[k]);
-        if F::BIAS != 0 {
-            dot = _mm512_sub_epi32(dot, bias[k]);
+    for g in 0..GROUPS {
+        for i in 0..T {
+            let mut sum = sum_fours(sums[g].products[i].map(|x| fold(x)));
+            if F::HAS_MINS {
+                let mins = sums[g].mins[i];
+                sum = _mm_sub_ps(
+                    sum,
+                    match F::SUB {
+                        32 => sum_fours(quarters(mins[0])),
+                        _ => sum_fours(halves(mins)),
+                    },
+                );
+            }
+            _mm_storeu_ps(out[i].add(FOUR * g), sum);
         }
-        // A lane has four products; its sub-block is 4 · lane / SUB of this quarter.
-        let first = (64 * k / F::SUB) as i32;
-        let lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        let which = match F::SUB {
-            16 => _mm512_srli_epi32::<2>(lane),
-            _ => _mm512_srli_epi32::<3>(lane),
-        };
-        let scale = _mm512_permutexvar_epi32(_mm512_add_epi32(which, _mm512_set1_epi32(first)), scales);
-        sum = _mm512_add_epi32(sum, _mm512_mullo_epi32(dot, scale));
     }
-    sum
 }
 
-/// Minimums of the sub-blocks times the sums of their activations.
+/// Which of four rows each lane of `mins[h]` belongs to.
 #[inline(always)]
-unsafe fn large_mins<F: Large>(p: *const u8, job: &Job<'_>, t: usize, b: usize) -> __m512i {
-    if F::SUB == 16 {
-        let sums = _mm512_loadu_si512(job.acts.sums16(t).as_ptr().add(16 * b).cast());
-        _mm512_mullo_epi32(_mm512_cvtepi8_epi32(F::mins(p)), sums)
-    } else {
+unsafe fn mins_rows<F: Wide>(h: usize) -> __m512i {
+    let rows = match F::SUB {
+        32 => _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3),
+        _ => _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1),
+    };
+    _mm512_add_epi32(rows, _mm512_set1_epi32(2 * h as i32))
+}
+
+/// The f16 of four rows as f32.
+#[inline(always)]
+unsafe fn f16_four(p: &[*const u8; FOUR]) -> __m128 {
+    let bits = |i: usize| i64::from(p[i].cast::<u16>().read_unaligned()) << (16 * i);
+    _mm_cvtph_ps(_mm_cvtsi64_si128(bits(0) | bits(1) | bits(2) | bits(3)))
+}
+
+/// Sums of the activations of each sub-block as i16 (at most 32·127), for each row of `mins[h]`.
+#[inline(always)]
+unsafe fn x_sums<F: Wide>(job: &Job<'_>, t: usize, b: usize) -> __m512i {
+    if F::SUB == 32 {
         let sums = _mm256_loadu_si256(job.acts.sums32(t).as_ptr().add(8 * b).cast());
-        _mm512_zextsi256_si512(_mm256_mullo_epi32(_mm256_cvtepi8_epi32(F::mins(p)), sums))
+        _mm512_broadcast_i32x4(_mm256_cvtepi32_epi16(sums))
+    } else {
+        let sums = _mm512_loadu_si512(job.acts.sums16(t).as_ptr().add(16 * b).cast());
+        _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16(sums))
     }
 }
