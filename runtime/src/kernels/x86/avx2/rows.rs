@@ -37,10 +37,12 @@ macro_rules! for_groups {
                     let row = |i: usize| $job.weights.row(row0 + (r + i).min(n_rows - 1)).as_ptr();
                     let rows: Rows = std::array::from_fn(|g| std::array::from_fn(|i| row(TWO * g + i)));
                     let mut results = [[0.0; ROWS]; 4];
+                    // Rows lie one after the other: the next ones are fetched front to back while these are read.
+                    let next = rows[0][0].wrapping_add(ROWS * $job.weights.row_bytes());
                     match n {
-                        1 => $product::<$type, 1>($job, &rows, t, &mut results),
-                        2 => $product::<$type, 2>($job, &rows, t, &mut results),
-                        _ => $product::<$type, 4>($job, &rows, t, &mut results),
+                        1 => $product::<$type, 1>($job, &rows, next, t, &mut results),
+                        2 => $product::<$type, 2>($job, &rows, next, t, &mut results),
+                        _ => $product::<$type, 4>($job, &rows, next, t, &mut results),
                     }
                     for (out, results) in out.iter_mut().zip(results) {
                         out[r..r + ROWS].copy_from_slice(&results);
@@ -65,13 +67,21 @@ pub(super) unsafe fn large<F: Narrow>(job: &Job<'_>) {
     for_groups!(job, large_product, F);
 }
 
-/// Fetches `bytes` bytes that are read `ahead` bytes later.
+/// Fetches `n_bytes` at `p`.
 #[inline(always)]
-unsafe fn fetch(p: *const u8, ahead: usize, bytes: usize) {
-    for line in 0..bytes.div_ceil(64) {
-        _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(ahead + 64 * line).cast());
+unsafe fn fetch(p: *const u8, n_bytes: usize) {
+    let mode = *MODE;
+    for line in 0..n_bytes.div_ceil(64) {
+        let p = p.wrapping_add(64 * line).cast();
+        match mode {
+            0 => {}
+            1 => _mm_prefetch::<_MM_HINT_T0>(p),
+            _ => _mm_prefetch::<_MM_HINT_T1>(p),
+        }
     }
 }
+static MODE: std::sync::LazyLock<usize> =
+    std::sync::LazyLock::new(|| std::env::var("MODE").map_or(1, |x| x.parse().unwrap()));
 
 /// The sum of four lanes, in the order of `Lanes::sum`.
 #[inline(always)]
@@ -105,6 +115,7 @@ struct SmallSums<const T: usize> {
 unsafe fn small_product<F: Two, const T: usize>(
     job: &Job<'_>,
     rows: &Rows,
+    next: *const u8,
     t: usize,
     out: &mut [[f32; ROWS]; 4],
 ) {
@@ -113,12 +124,12 @@ unsafe fn small_product<F: Two, const T: usize>(
     let mut sums = [SmallSums { products: zero, offsets: zero }; PAIRS];
     let whole = n_blocks / 4 * 4;
     for b in (0..whole).step_by(4) {
-        some_blocks::<F, T, 4>(job, rows, t, b, &mut sums);
+        some_blocks::<F, T, 4>(job, rows, next, t, b, &mut sums);
     }
     match n_blocks - whole {
-        1 => some_blocks::<F, T, 1>(job, rows, t, whole, &mut sums),
-        2 => some_blocks::<F, T, 2>(job, rows, t, whole, &mut sums),
-        3 => some_blocks::<F, T, 3>(job, rows, t, whole, &mut sums),
+        1 => some_blocks::<F, T, 1>(job, rows, next, t, whole, &mut sums),
+        2 => some_blocks::<F, T, 2>(job, rows, next, t, whole, &mut sums),
+        3 => some_blocks::<F, T, 3>(job, rows, next, t, whole, &mut sums),
         _ => {}
     }
     for (g, sums) in sums.iter().enumerate() {
@@ -169,16 +180,17 @@ unsafe fn spread(x: __m256, j: usize) -> __m256 {
 unsafe fn some_blocks<F: Two, const T: usize, const N: usize>(
     job: &Job<'_>,
     rows: &Rows,
+    next: *const u8,
     t: usize,
     b: usize,
     sums: &mut [SmallSums<T>; PAIRS],
 ) {
+    fetch(next.wrapping_add(b * ROWS * F::BYTES), N * ROWS * F::BYTES);
     let ones = _mm256_set1_epi16(1);
     let scales: [__m256; T] = std::array::from_fn(|i| in_halves::<N>(job.acts.scales(t + i).as_ptr().add(b)));
     let mut factors = [[_mm256_setzero_ps(); T]; PAIRS];
     for g in 0..PAIRS {
         let p = rows[g].map(|row| row.add(b * F::BYTES));
-        p.iter().for_each(|&p| fetch(p, ROWS * job.weights.row_bytes(), N * F::BYTES));
         let d = f16_halves::<N>(&p, F::BYTES);
         factors[g] = scales.map(|scale| _mm256_mul_ps(d, scale));
         if F::HAS_M {
@@ -227,15 +239,16 @@ struct LargeSums {
 unsafe fn large_product<F: Narrow, const T: usize>(
     job: &Job<'_>,
     rows: &Rows,
+    next: *const u8,
     t: usize,
     out: &mut [[f32; ROWS]; 4],
 ) {
     let zero = _mm256_setzero_ps();
     let mut sums = [[LargeSums { products: [zero; 2], mins: zero }; T]; ROWS];
     for b in 0..job.weights.cols / 256 {
+        fetch(next.wrapping_add(b * ROWS * F::BYTES), ROWS * F::BYTES);
         for r in 0..ROWS {
             let p = rows[r / TWO][r % TWO].add(b * F::BYTES);
-            fetch(p, ROWS * job.weights.row_bytes(), F::BYTES);
             let dots = large_block::<F, T>(job, p, t, b);
             let d = f16(p.add(F::D));
             for i in 0..T {

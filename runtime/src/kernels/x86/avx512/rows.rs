@@ -7,9 +7,10 @@
 
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for the instruction set and for `Matmul`'s contract alone
 
-use super::wide::{Four, Wide, X};
+use super::wide::{Four, Head, Wide, X};
 use crate::kernels::matmul::Job;
 use crate::kernels::memory::LANES;
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 /// Rows that are prepared together.
@@ -40,10 +41,12 @@ macro_rules! for_groups {
                     let row = |i: usize| $job.weights.row(row0 + (r + i).min(n_rows - 1)).as_ptr();
                     let rows: Rows = std::array::from_fn(|g| std::array::from_fn(|i| row(FOUR * g + i)));
                     let out = &mut out.each_mut().map(|out| out.as_mut_ptr().add(r));
+                    // Rows lie one after the other: the next ones are fetched front to back while these are read.
+                    let next = rows[0][0].wrapping_add(ROWS * $job.weights.row_bytes());
                     match n {
-                        1 => $product::<$type, 1>($job, &rows, t, out),
-                        2 => $product::<$type, 2>($job, &rows, t, out),
-                        _ => $product::<$type, 4>($job, &rows, t, out),
+                        1 => $product::<$type, 1>($job, &rows, next, t, out),
+                        2 => $product::<$type, 2>($job, &rows, next, t, out),
+                        _ => $product::<$type, 4>($job, &rows, next, t, out),
                     }
                 }
                 for (i, out) in out[..n].iter().enumerate() {
@@ -65,13 +68,21 @@ pub(super) unsafe fn large<F: Wide>(job: &Job<'_>) {
     for_groups!(job, large_product, F);
 }
 
-/// Fetches `bytes` bytes that are read after a group of rows.
+/// Fetches `n_bytes` at `p`.
 #[inline(always)]
-unsafe fn fetch(p: *const u8, ahead: usize, bytes: usize) {
-    for line in 0..bytes.div_ceil(64) {
-        _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(ahead + 64 * line).cast());
+unsafe fn fetch(p: *const u8, n_bytes: usize) {
+    let mode = *MODE;
+    for line in 0..n_bytes.div_ceil(64) {
+        let p = p.wrapping_add(64 * line).cast();
+        match mode {
+            0 => {}
+            1 => _mm_prefetch::<_MM_HINT_T0>(p),
+            _ => _mm_prefetch::<_MM_HINT_T1>(p),
+        }
     }
 }
+static MODE: std::sync::LazyLock<usize> =
+    std::sync::LazyLock::new(|| std::env::var("MODE").map_or(1, |x| x.parse().unwrap()));
 
 /// The sums of four vectors of four, in the order of `Lanes::sum`.
 #[inline(always)]
@@ -109,18 +120,24 @@ unsafe fn quarters(x: __m512) -> [__m128; 4] {
 
 /// Rows of blocks of 32 times `T` tokens. A row has four lanes of a sum.
 #[inline(always)]
-unsafe fn small_product<F: Four, const T: usize>(job: &Job<'_>, rows: &Rows, t: usize, out: &[*mut f32; 4]) {
+unsafe fn small_product<F: Four, const T: usize>(
+    job: &Job<'_>,
+    rows: &Rows,
+    next: *const u8,
+    t: usize,
+    out: &[*mut f32; 4],
+) {
     let n_blocks = job.weights.cols / 32;
     let mut sums =
         [SmallSums { products: [_mm512_setzero_ps(); T], offsets: [_mm512_setzero_ps(); T] }; GROUPS];
     let whole = n_blocks / 4 * 4;
     for b in (0..whole).step_by(4) {
-        some_blocks::<F, T, 4>(job, rows, t, b, &mut sums);
+        some_blocks::<F, T, 4>(job, rows, next, t, b, &mut sums);
     }
     match n_blocks - whole {
-        1 => some_blocks::<F, T, 1>(job, rows, t, whole, &mut sums),
-        2 => some_blocks::<F, T, 2>(job, rows, t, whole, &mut sums),
-        3 => some_blocks::<F, T, 3>(job, rows, t, whole, &mut sums),
+        1 => some_blocks::<F, T, 1>(job, rows, next, t, whole, &mut sums),
+        2 => some_blocks::<F, T, 2>(job, rows, next, t, whole, &mut sums),
+        3 => some_blocks::<F, T, 3>(job, rows, next, t, whole, &mut sums),
         _ => {}
     }
     for g in 0..GROUPS {
@@ -151,14 +168,30 @@ unsafe fn in_quarters<const N: usize>(p: *const f32) -> __m512 {
     _mm512_broadcast_f32x4(four)
 }
 
-/// The f16 at `p`, `p + stride`.. of each row in its 128-bit part, as f32; zeros after `N` of them.
+/// The f16 at `p + at` and `stride` bytes on.. of each row in its 128-bit part, as f32; zeros after `N` of them, which
+/// lie in whole blocks of `stride` bytes at `p`.
 #[inline(always)]
-unsafe fn f16_quarters<const N: usize>(p: &[*const u8; FOUR], stride: usize) -> __m512 {
-    let row = |p: *const u8| {
-        let bits = |i: usize| i64::from(p.add(i * stride).cast::<u16>().read_unaligned()) << (16 * i);
-        (0..N).fold(0, |all, i| all | bits(i))
+unsafe fn f16_quarters<const N: usize>(p: &[*const u8; FOUR], stride: usize, at: usize) -> __m512 {
+    let bits = if N == 4 && at + 3 * stride + 2 <= 64 {
+        // All four are in 64 bytes: each row puts its words where they belong.
+        let word = |j: usize| ((at + j * stride) / 2) as i64;
+        let words = _mm512_set1_epi64(word(0) | word(1) << 16 | word(2) << 32 | word(3) << 48);
+        let mut all = _mm512_setzero_si512();
+        for (r, p) in p.iter().enumerate() {
+            let row = _mm512_loadu_si512(p.cast());
+            all = _mm512_mask_permutexvar_epi16(all, 0xf << (4 * r), words, row);
+        }
+        _mm512_castsi512_si256(all)
+    } else {
+        let mut all = [[0u16; 4]; FOUR];
+        for (all, p) in all.iter_mut().zip(p) {
+            for (j, bits) in all[..N].iter_mut().enumerate() {
+                *bits = p.add(at + j * stride).cast::<u16>().read_unaligned();
+            }
+        }
+        _mm256_loadu_si256(all.as_ptr().cast())
     };
-    _mm512_cvtph_ps(_mm256_setr_epi64x(row(p[0]), row(p[1]), row(p[2]), row(p[3])))
+    _mm512_cvtph_ps(bits)
 }
 
 /// Number `j` of each 128-bit part in all its lanes.
@@ -177,21 +210,22 @@ unsafe fn spread(x: __m512, j: usize) -> __m512 {
 unsafe fn some_blocks<F: Four, const T: usize, const N: usize>(
     job: &Job<'_>,
     rows: &Rows,
+    next: *const u8,
     t: usize,
     b: usize,
     sums: &mut [SmallSums<T>; GROUPS],
 ) {
+    fetch(next.wrapping_add(b * ROWS * F::BYTES), N * ROWS * F::BYTES);
     let zero = _mm512_setzero_si512();
     let scales: [__m512; T] =
         std::array::from_fn(|i| in_quarters::<N>(job.acts.scales(t + i).as_ptr().add(b)));
     let mut factors = [[_mm512_setzero_ps(); T]; GROUPS];
     for g in 0..GROUPS {
         let p = rows[g].map(|row| row.add(b * F::BYTES));
-        p.iter().for_each(|&p| fetch(p, ROWS * job.weights.row_bytes(), N * F::BYTES));
-        let d = f16_quarters::<N>(&p, F::BYTES);
+        let d = f16_quarters::<N>(&p, F::BYTES, 0);
         factors[g] = scales.map(|scale| _mm512_mul_ps(d, scale));
         if F::HAS_M {
-            let m = f16_quarters::<N>(&p.map(|p| p.add(2)), F::BYTES);
+            let m = f16_quarters::<N>(&p, F::BYTES, 2);
             for i in 0..T {
                 let x_sums = _mm_cvtepi32_ps(match N {
                     4 => _mm_loadu_si128(job.acts.sums32(t + i).as_ptr().add(b).cast()),
@@ -237,35 +271,38 @@ struct LargeSums<const T: usize> {
 
 /// Rows of blocks of 256 times `T` tokens.
 #[inline(always)]
-unsafe fn large_product<F: Wide, const T: usize>(job: &Job<'_>, rows: &Rows, t: usize, out: &[*mut f32; 4]) {
+unsafe fn large_product<F: Wide, const T: usize>(
+    job: &Job<'_>,
+    rows: &Rows,
+    next: *const u8,
+    t: usize,
+    out: &[*mut f32; 4],
+) {
     let zero = _mm512_setzero_ps();
     let mut sums = [LargeSums { products: [[zero; FOUR]; T], mins: [[zero; 2]; T] }; GROUPS];
     for b in 0..job.weights.cols / 256 {
+        fetch(next.wrapping_add(b * ROWS * F::BYTES), ROWS * F::BYTES);
         let x: [X; T] = std::array::from_fn(|i| F::x(job.acts.codes(t + i).as_ptr().add(256 * b)));
         let scale: [__m128; T] = std::array::from_fn(|i| _mm_set1_ps(job.acts.scales(t + i)[b]));
         for g in 0..GROUPS {
             let p = rows[g].map(|row| row.add(b * F::BYTES));
-            p.iter().for_each(|&p| fetch(p, ROWS * job.weights.row_bytes(), F::BYTES));
-            let (scales, mins) = F::scales_mins(&p);
-            let d = f16_four(&p.map(|p| p.add(F::D)));
-            let factors = scale.map(|scale| _mm512_castps128_ps512(_mm_mul_ps(d, scale)));
+            let Head { scales, mins, d, dmin } = F::head(&p);
+            let factors = in_memory(scale.map(|scale| _mm_mul_ps(d, scale)));
             for r in 0..FOUR {
                 let codes = F::codes64(p[r]);
                 let scales: [__m512i; 4] = std::array::from_fn(|v| F::spread_scales(&scales, r, v));
-                let which = _mm512_set1_epi32(r as i32);
                 for i in 0..T {
                     let mut dots = _mm512_setzero_si512();
                     for v in 0..4 {
                         let pairs = F::pairs(codes[v], x[i].codes[v], x[i].extra[v]);
-                        dots = _mm512_dpwssd_epi32(dots, pairs, scales[v]);
+                        dots = dot_words(dots, pairs, scales[v]);
                     }
-                    let factor = _mm512_permutexvar_ps(which, factors[i]);
+                    let factor = _mm512_set1_ps(factors[i][r]);
                     let sum = &mut sums[g].products[i][r];
                     *sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots), factor, *sum);
                 }
             }
             if F::HAS_MINS {
-                let dmin = f16_four(&p.map(|p| p.add(F::DMIN)));
                 for i in 0..T {
                     let factors = _mm512_castps128_ps512(_mm_mul_ps(dmin, scale[i]));
                     let x_sums = x_sums::<F>(job, t + i, b);
@@ -306,11 +343,23 @@ unsafe fn mins_rows<F: Wide>(h: usize) -> __m512i {
     _mm512_add_epi32(rows, _mm512_set1_epi32(2 * h as i32))
 }
 
-/// The f16 of four rows as f32.
+/// Numbers where a later instruction can spread one of them as it loads it, which from a register takes another.
 #[inline(always)]
-unsafe fn f16_four(p: &[*const u8; FOUR]) -> __m128 {
-    let bits = |i: usize| i64::from(p[i].cast::<u16>().read_unaligned()) << (16 * i);
-    _mm_cvtph_ps(_mm_cvtsi64_si128(bits(0) | bits(1) | bits(2) | bits(3)))
+unsafe fn in_memory<const T: usize>(x: [__m128; T]) -> [[f32; FOUR]; T] {
+    let mut out = [[0.0; FOUR]; T];
+    for (out, x) in out.iter_mut().zip(x) {
+        _mm_storeu_ps(out.as_mut_ptr(), x);
+    }
+    std::hint::black_box(out)
+}
+
+/// Adds to each lane the products of two i16. The compiler would make two instructions of the intrinsic, a product and
+/// an addition, to shorten chains that are no bottleneck here.
+#[inline(always)]
+unsafe fn dot_words(mut sum: __m512i, a: __m512i, b: __m512i) -> __m512i {
+    asm!("vpdpwssd {0}, {1}, {2}", inout(zmm_reg) sum, in(zmm_reg) a, in(zmm_reg) b,
+         options(pure, nomem, nostack, preserves_flags));
+    sum
 }
 
 /// Sums of the activations of each sub-block as i16 (at most 32·127), for each row of `mins[h]`.

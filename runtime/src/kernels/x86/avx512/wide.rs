@@ -25,17 +25,35 @@ pub(super) struct X {
     pub extra: [__m512i; 4],
 }
 
+/// What four rows' blocks of 256 have besides their codes.
+pub(super) struct Head {
+    /// The scales of the sub-blocks, row after row, as i16: 8 or 16 per row.
+    pub scales: [__m512i; 2],
+    /// The minimums, likewise.
+    pub mins: [__m512i; 2],
+    pub d: __m128,
+    /// Anything if there are no minimums.
+    pub dmin: __m128,
+}
+
+impl Head {
+    #[inline(always)]
+    unsafe fn without_mins(scales: [__m512i; 2], d: __m128) -> Self {
+        Self { scales, mins: [_mm512_setzero_si512(); 2], d, dmin: _mm_setzero_ps() }
+    }
+}
+
 /// A type with blocks of 256.
 pub(super) trait Wide: Large {
     const ORDER: Order;
-    /// Per row and vector of codes: where the scale of each pair of codes is among those of [`Self::scales_mins`].
+    /// Per row and vector of codes: where the scale of each pair of codes is among those of [`Head`].
     const SCALE_OF: [[[u16; 32]; 4]; 4] = scale_of(Self::ORDER, Self::SUB);
 
     /// Four times 64 codes: the fields of each 64 bytes.
     unsafe fn codes64(p: *const u8) -> [__m512i; 4];
 
-    /// The scales and the minimums of four rows, row after row, as i16: 8 or 16 per row.
-    unsafe fn scales_mins(p: &[*const u8; 4]) -> ([__m512i; 2], [__m512i; 2]);
+    /// The rest of four rows' blocks.
+    unsafe fn head(p: &[*const u8; 4]) -> Head;
 
     /// The products of 64 codes with activations, summed in pairs; exact.
     #[inline(always)]
@@ -182,10 +200,31 @@ impl Four for Iq4Nl {
     }
 }
 
-/// The scales and minimums of four rows of Q4_K or Q5_K from the first 16 bytes of their blocks.
+/// Two words of the first 16 bytes of each of four rows, as f16.
 #[inline(always)]
-unsafe fn six_bits(p: &[*const u8; 4]) -> (__m512i, __m512i) {
-    const _: () = assert!(q4_k::SCALES == 4 && q5_k::SCALES == 4);
+unsafe fn f16_of_heads(heads: __m512i, first: i16, second: i16) -> (__m128, __m128) {
+    let (a, b) = (first, second);
+    let which = _mm256_castsi128_si256(_mm_setr_epi16(a, a + 8, a + 16, a + 24, b, b + 8, b + 16, b + 24));
+    let words = _mm512_permutexvar_epi16(_mm512_castsi256_si512(which), heads);
+    let both = _mm256_cvtph_ps(_mm512_castsi512_si128(words));
+    (_mm256_castps256_ps128(both), _mm256_extractf128_ps::<1>(both))
+}
+
+/// The f16 at `p + at` of each of four rows.
+#[inline(always)]
+unsafe fn f16_four(p: &[*const u8; 4], at: usize) -> __m128 {
+    let bits = |i: usize| i32::from(p[i].add(at).cast::<i16>().read_unaligned());
+    let x = _mm_insert_epi16::<0>(_mm_setzero_si128(), bits(0));
+    let x = _mm_insert_epi16::<1>(x, bits(1));
+    let x = _mm_insert_epi16::<2>(x, bits(2));
+    _mm_cvtph_ps(_mm_insert_epi16::<3>(x, bits(3)))
+}
+
+/// Four rows of Q4_K or Q5_K, from the first 16 bytes of their blocks.
+#[inline(always)]
+unsafe fn six_bits(p: &[*const u8; 4]) -> Head {
+    const _: () = assert!(q4_k::D == 0 && q4_k::DMIN == 2 && q4_k::SCALES == 4);
+    const _: () = assert!(q5_k::D == 0 && q5_k::DMIN == 2 && q5_k::SCALES == 4);
     // A row's dwords are (d, dmin), a, b, c: a and b hold the lower four scales and minimums and the upper two bits of
     // the upper four, whose lower four bits are the nibbles of c.
     let heads = gather16(p, 0);
@@ -201,7 +240,8 @@ unsafe fn six_bits(p: &[*const u8; 4]) -> (__m512i, __m512i) {
         _mm_setr_epi8(at, z, at + 1, z, at + 2, z, at + 3, z, at + 8, z, at + 9, z, at + 10, z, at + 11, z)
     };
     let words = |at| _mm512_shuffle_epi8(all, _mm512_broadcast_i32x4(words(at)));
-    (words(0), words(4))
+    let (d, dmin) = f16_of_heads(heads, 0, 1);
+    Head { scales: [words(0); 2], mins: [words(4); 2], d, dmin }
 }
 
 /// The nibbles of the two 64 bytes at `p`.
@@ -231,9 +271,8 @@ impl Wide for Q4K {
         nibbles128(p.add(q4_k::QS))
     }
     #[inline(always)]
-    unsafe fn scales_mins(p: &[*const u8; 4]) -> ([__m512i; 2], [__m512i; 2]) {
-        let (scales, mins) = six_bits(p);
-        ([scales; 2], [mins; 2])
+    unsafe fn head(p: &[*const u8; 4]) -> Head {
+        six_bits(p)
     }
 }
 
@@ -253,9 +292,8 @@ impl Wide for Q5K {
         std::array::from_fn(|v| select(bytes(16), fifth[v], n[v]))
     }
     #[inline(always)]
-    unsafe fn scales_mins(p: &[*const u8; 4]) -> ([__m512i; 2], [__m512i; 2]) {
-        let (scales, mins) = six_bits(p);
-        ([scales; 2], [mins; 2])
+    unsafe fn head(p: &[*const u8; 4]) -> Head {
+        six_bits(p)
     }
 }
 
@@ -281,8 +319,8 @@ impl Wide for Q6K {
         std::array::from_fn(|v| select(bytes(0x30), upper[v], n[v]))
     }
     #[inline(always)]
-    unsafe fn scales_mins(p: &[*const u8; 4]) -> ([__m512i; 2], [__m512i; 2]) {
-        (widen(gather16(p, q6_k::SCALES)), [_mm512_setzero_si512(); 2])
+    unsafe fn head(p: &[*const u8; 4]) -> Head {
+        Head::without_mins(widen(gather16(p, q6_k::SCALES)), f16_four(p, q6_k::D))
     }
 }
 
@@ -301,9 +339,10 @@ impl Wide for Q2K {
         two_bits(p.add(q2_k::QS))
     }
     #[inline(always)]
-    unsafe fn scales_mins(p: &[*const u8; 4]) -> ([__m512i; 2], [__m512i; 2]) {
+    unsafe fn head(p: &[*const u8; 4]) -> Head {
         let [scales, mins] = nibbles(gather16(p, q2_k::SCALES));
-        (widen(scales), widen(mins))
+        let (d, dmin) = (f16_four(p, q2_k::D), f16_four(p, q2_k::DMIN));
+        Head { scales: widen(scales), mins: widen(mins), d, dmin }
     }
 }
 
@@ -324,13 +363,13 @@ impl Wide for Q3K {
         std::array::from_fn(|v| select(bytes(4), third[v], two[v]))
     }
     #[inline(always)]
-    unsafe fn scales_mins(p: &[*const u8; 4]) -> ([__m512i; 2], [__m512i; 2]) {
+    unsafe fn head(p: &[*const u8; 4]) -> Head {
         let scales = p.map(|p| Q3K::scales(p));
         let widened = [
             _mm512_cvtepi8_epi16(_mm256_setr_m128i(scales[0], scales[1])),
             _mm512_cvtepi8_epi16(_mm256_setr_m128i(scales[2], scales[3])),
         ];
-        (widened, [_mm512_setzero_si512(); 2])
+        Head::without_mins(widened, f16_four(p, q3_k::D))
     }
 }
 
@@ -364,8 +403,8 @@ impl Wide for Iq4Xs {
         (_mm512_abs_epi8(x), _mm512_maskz_mov_epi8(_mm512_movepi8_mask(x), bytes(16)))
     }
     #[inline(always)]
-    unsafe fn scales_mins(p: &[*const u8; 4]) -> ([__m512i; 2], [__m512i; 2]) {
-        const _: () = assert!(iq4::XS_SCALES_H == 2 && iq4::XS_SCALES_L == 4);
+    unsafe fn head(p: &[*const u8; 4]) -> Head {
+        const _: () = assert!(iq4::D == 0 && iq4::XS_SCALES_H == 2 && iq4::XS_SCALES_L == 4);
         let heads = gather16(p, 0);
         let each = |x| _mm512_shuffle_epi8(heads, _mm512_broadcast_i32x4(x));
         let shifts = |x| _mm512_broadcast_i32x4(x);
@@ -378,6 +417,7 @@ impl Wide for Iq4Xs {
         let high = _mm512_and_si512(_mm512_slli_epi16::<4>(high), _mm512_set1_epi16(0x30));
         let word = |x| _mm512_set1_epi16(x);
         let biased = _mm512_ternarylogic_epi64::<0xf8>(high, low, word(15)); // high | low & 15
-        ([_mm512_sub_epi16(biased, word(32)); 2], [_mm512_setzero_si512(); 2])
+        let (d, _) = f16_of_heads(heads, 0, 0);
+        Head::without_mins([_mm512_sub_epi16(biased, word(32)); 2], d)
     }
 }
