@@ -355,7 +355,8 @@ unsafe fn in_memory<const T: usize>(x: [__m128; T]) -> [[f32; FOUR]; T] {
 
 /// Adds to each lane the products of two i16. The compiler would make two instructions of the intrinsic, a product and
 /// an addition, to shorten chains that are no bottleneck here.
-#[inline(always)]
+#[inline]
+#[target_feature(enable = "avx512f,avx512vnni")]
 unsafe fn dot_words(mut sum: __m512i, a: __m512i, b: __m512i) -> __m512i {
     asm!("vpdpwssd {0}, {1}, {2}", inout(zmm_reg) sum, in(zmm_reg) a, in(zmm_reg) b,
          options(pure, nomem, nostack, preserves_flags));
