@@ -70,18 +70,10 @@ pub(super) unsafe fn large<F: Narrow>(job: &Job<'_>) {
 /// Fetches `n_bytes` at `p`.
 #[inline(always)]
 unsafe fn fetch(p: *const u8, n_bytes: usize) {
-    let mode = *MODE;
     for line in 0..n_bytes.div_ceil(64) {
-        let p = p.wrapping_add(64 * line).cast();
-        match mode {
-            0 => {}
-            1 => _mm_prefetch::<_MM_HINT_T0>(p),
-            _ => _mm_prefetch::<_MM_HINT_T1>(p),
-        }
+        _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(64 * line).cast());
     }
 }
-static MODE: std::sync::LazyLock<usize> =
-    std::sync::LazyLock::new(|| std::env::var("MODE").map_or(1, |x| x.parse().unwrap()));
 
 /// The sum of four lanes, in the order of `Lanes::sum`.
 #[inline(always)]
