@@ -5,10 +5,10 @@
 //! that are brought into that order. What a block has once (f16 scales, sub-block scales, minimums) is prepared for
 //! four rows together, and several tokens share the unpacked codes.
 //!
-//! Vector instructions of 256 weights of Q4_K and one token, where two start per cycle: 6 to unpack, 4 to spread the
+//! Vector instructions of 256 weights of Q4_K and one token, counted in this source: 6 to unpack, 4 to spread the
 //! scales, 8 for the products and their sums, 2 for the sum of the row; a quarter of the 22 that prepare four rows, an
-//! eighth of the 7 that prepare the activations of eight: 26.4, or 13 cycles for 144 bytes. Q5_K takes 34, Q6_K 37,
-//! IQ4_XS 33, four blocks of 32 of Q4_0 14.
+//! eighth of the 7 that prepare the activations of eight: 26.4. Q5_K takes 34, Q6_K 37,
+//! IQ4_XS 30, four blocks of 32 of Q4_0 14.
 
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for the instruction set and for `Matmul`'s contract alone
 
