@@ -2,4 +2,5 @@
 
 pub(super) mod avx2;
 pub(super) mod avx512;
+mod few;
 mod unpack;

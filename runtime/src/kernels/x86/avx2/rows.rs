@@ -6,6 +6,7 @@
 use super::narrow::{Narrow, Two, pairs};
 use crate::kernels::matmul::Job;
 use crate::kernels::memory::LANES;
+use crate::kernels::x86::few::{fetch, for_groups};
 use crate::kernels::x86::unpack::{Large, f16};
 use std::arch::x86_64::*;
 
@@ -16,63 +17,14 @@ const PAIRS: usize = 2;
 /// Rows that are read side by side.
 const ROWS: usize = PAIRS * TWO;
 
-/// The same block of some rows.
-type Rows = [[*const u8; TWO]; PAIRS];
-
-/// Calls `product::<F, T>(rows, token)` for groups of rows and of `T` tokens, and stores the results.
-macro_rules! for_groups {
-    ($job:ident, $product:ident, $type:ident) => {
-        for row0 in $job.rows.clone().step_by(LANES) {
-            let n_rows = LANES.min($job.rows.end - row0);
-            let mut t = 0;
-            while t < $job.acts.n_tokens() {
-                let mut out = [[0.0; LANES]; 4];
-                let n = match $job.acts.n_tokens() - t {
-                    1 => 1,
-                    2 | 3 => 2,
-                    _ => 4,
-                };
-                for r in (0..n_rows).step_by(ROWS) {
-                    // Rows beyond the last are the last again.
-                    let row = |i: usize| $job.weights.row(row0 + (r + i).min(n_rows - 1)).as_ptr();
-                    let rows: Rows = std::array::from_fn(|g| std::array::from_fn(|i| row(TWO * g + i)));
-                    let mut results = [[0.0; ROWS]; 4];
-                    // Rows lie one after the other: the next ones are fetched front to back while these are read.
-                    let next = rows[0][0].wrapping_add(ROWS * $job.weights.row_bytes());
-                    match n {
-                        1 => $product::<$type, 1>($job, &rows, next, t, &mut results),
-                        2 => $product::<$type, 2>($job, &rows, next, t, &mut results),
-                        _ => $product::<$type, 4>($job, &rows, next, t, &mut results),
-                    }
-                    for (out, results) in out.iter_mut().zip(results) {
-                        out[r..r + ROWS].copy_from_slice(&results);
-                    }
-                }
-                for (i, out) in out[..n].iter().enumerate() {
-                    $job.out.put(row0, t + i, &out[..n_rows]);
-                }
-                t += n;
-            }
-        }
-    };
-}
-
 #[inline(always)]
 pub(super) unsafe fn small<F: Two>(job: &Job<'_>) {
-    for_groups!(job, small_product, F);
+    for_groups!(job, ROWS, small_product, F);
 }
 
 #[inline(always)]
 pub(super) unsafe fn large<F: Narrow>(job: &Job<'_>) {
-    for_groups!(job, large_product, F);
-}
-
-/// Fetches `n_bytes` at `p`.
-#[inline(always)]
-unsafe fn fetch(p: *const u8, n_bytes: usize) {
-    for line in 0..n_bytes.div_ceil(64) {
-        _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(64 * line).cast());
-    }
+    for_groups!(job, ROWS, large_product, F);
 }
 
 /// The sum of four lanes, in the order of `Lanes::sum`.
@@ -106,7 +58,7 @@ struct SmallSums<const T: usize> {
 #[inline(always)]
 unsafe fn small_product<F: Two, const T: usize>(
     job: &Job<'_>,
-    rows: &Rows,
+    rows: &[*const u8; ROWS],
     next: *const u8,
     t: usize,
     out: &mut [[f32; ROWS]; 4],
@@ -171,12 +123,13 @@ unsafe fn spread(x: __m256, j: usize) -> __m256 {
 #[inline(always)]
 unsafe fn some_blocks<F: Two, const T: usize, const N: usize>(
     job: &Job<'_>,
-    rows: &Rows,
+    rows: &[*const u8; ROWS],
     next: *const u8,
     t: usize,
     b: usize,
     sums: &mut [SmallSums<T>; PAIRS],
 ) {
+    let (rows, _) = rows.as_chunks::<TWO>();
     fetch(next.wrapping_add(b * ROWS * F::BYTES), N * ROWS * F::BYTES);
     let ones = _mm256_set1_epi16(1);
     let scales: [__m256; T] = std::array::from_fn(|i| in_halves::<N>(job.acts.scales(t + i).as_ptr().add(b)));
@@ -230,7 +183,7 @@ struct LargeSums {
 #[inline(always)]
 unsafe fn large_product<F: Narrow, const T: usize>(
     job: &Job<'_>,
-    rows: &Rows,
+    rows: &[*const u8; ROWS],
     next: *const u8,
     t: usize,
     out: &mut [[f32; ROWS]; 4],
@@ -239,8 +192,12 @@ unsafe fn large_product<F: Narrow, const T: usize>(
     let mut sums = [[LargeSums { products: [zero; 2], mins: zero }; T]; ROWS];
     for b in 0..job.weights.cols / 256 {
         fetch(next.wrapping_add(b * ROWS * F::BYTES), ROWS * F::BYTES);
+        let x_sums: [__m256i; T] = std::array::from_fn(|i| match F::HAS_MINS {
+            true => x_sums::<F>(job, t + i, b),
+            false => _mm256_setzero_si256(),
+        });
         for r in 0..ROWS {
-            let p = rows[r / TWO][r % TWO].add(b * F::BYTES);
+            let p = rows[r].add(b * F::BYTES);
             let dots = large_block::<F, T>(job, p, t, b);
             let d = f16(p.add(F::D));
             for i in 0..T {
@@ -255,7 +212,7 @@ unsafe fn large_product<F: Narrow, const T: usize>(
                 let mins = _mm256_cvtepi8_epi16(F::mins(p));
                 for i in 0..T {
                     let factor = _mm256_set1_ps(dmin * job.acts.scales(t + i)[b]);
-                    let dots = _mm256_madd_epi16(mins, x_sums::<F>(job, t + i, b));
+                    let dots = _mm256_madd_epi16(mins, x_sums[i]);
                     let sum = &mut sums[r][i].mins;
                     *sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots), factor, *sum);
                 }

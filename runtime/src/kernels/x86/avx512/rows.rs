@@ -15,6 +15,7 @@
 use super::wide::{Four, Head, Wide, X};
 use crate::kernels::matmul::Job;
 use crate::kernels::memory::LANES;
+use crate::kernels::x86::few::{fetch, for_groups};
 use std::arch::asm;
 use std::arch::x86_64::*;
 
@@ -25,60 +26,14 @@ const GROUPS: usize = 2;
 /// Rows that are read side by side.
 const ROWS: usize = GROUPS * FOUR;
 
-/// The same block of some rows.
-type Rows = [[*const u8; FOUR]; GROUPS];
-
-/// Calls `product::<F, T>(rows, token)` for groups of rows and of `T` tokens, and stores the results.
-macro_rules! for_groups {
-    ($job:ident, $product:ident, $type:ident) => {
-        for row0 in $job.rows.clone().step_by(LANES) {
-            let n_rows = LANES.min($job.rows.end - row0);
-            let mut t = 0;
-            while t < $job.acts.n_tokens() {
-                let mut out = [[0.0; LANES]; 4];
-                let n = match $job.acts.n_tokens() - t {
-                    1 => 1,
-                    2 | 3 => 2,
-                    _ => 4,
-                };
-                for r in (0..n_rows).step_by(ROWS) {
-                    // Rows beyond the last are the last again.
-                    let row = |i: usize| $job.weights.row(row0 + (r + i).min(n_rows - 1)).as_ptr();
-                    let rows: Rows = std::array::from_fn(|g| std::array::from_fn(|i| row(FOUR * g + i)));
-                    let out = &mut out.each_mut().map(|out| out.as_mut_ptr().add(r));
-                    // Rows lie one after the other: the next ones are fetched front to back while these are read.
-                    let next = rows[0][0].wrapping_add(ROWS * $job.weights.row_bytes());
-                    match n {
-                        1 => $product::<$type, 1>($job, &rows, next, t, out),
-                        2 => $product::<$type, 2>($job, &rows, next, t, out),
-                        _ => $product::<$type, 4>($job, &rows, next, t, out),
-                    }
-                }
-                for (i, out) in out[..n].iter().enumerate() {
-                    $job.out.put(row0, t + i, &out[..n_rows]);
-                }
-                t += n;
-            }
-        }
-    };
-}
-
 #[inline(always)]
 pub(super) unsafe fn small<F: Four>(job: &Job<'_>) {
-    for_groups!(job, small_product, F);
+    for_groups!(job, ROWS, small_product, F);
 }
 
 #[inline(always)]
 pub(super) unsafe fn large<F: Wide>(job: &Job<'_>) {
-    for_groups!(job, large_product, F);
-}
-
-/// Fetches `n_bytes` at `p`.
-#[inline(always)]
-unsafe fn fetch(p: *const u8, n_bytes: usize) {
-    for line in 0..n_bytes.div_ceil(64) {
-        _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(64 * line).cast());
-    }
+    for_groups!(job, ROWS, large_product, F);
 }
 
 /// The sums of four vectors of four, in the order of `Lanes::sum`.
@@ -119,10 +74,10 @@ unsafe fn quarters(x: __m512) -> [__m128; 4] {
 #[inline(always)]
 unsafe fn small_product<F: Four, const T: usize>(
     job: &Job<'_>,
-    rows: &Rows,
+    rows: &[*const u8; ROWS],
     next: *const u8,
     t: usize,
-    out: &[*mut f32; 4],
+    out: &mut [[f32; ROWS]; 4],
 ) {
     let n_blocks = job.weights.cols / 32;
     let mut sums =
@@ -143,7 +98,7 @@ unsafe fn small_product<F: Four, const T: usize>(
             if F::HAS_M {
                 sum = _mm_add_ps(sum, sum_fours(quarters(sums[g].offsets[i])));
             }
-            _mm_storeu_ps(out[i].add(FOUR * g), sum);
+            _mm_storeu_ps(out[i][FOUR * g..][..FOUR].as_mut_ptr(), sum);
         }
     }
 }
@@ -206,12 +161,13 @@ unsafe fn spread(x: __m512, j: usize) -> __m512 {
 #[inline(always)]
 unsafe fn some_blocks<F: Four, const T: usize, const N: usize>(
     job: &Job<'_>,
-    rows: &Rows,
+    rows: &[*const u8; ROWS],
     next: *const u8,
     t: usize,
     b: usize,
     sums: &mut [SmallSums<T>; GROUPS],
 ) {
+    let (rows, _) = rows.as_chunks::<FOUR>();
     fetch(next.wrapping_add(b * ROWS * F::BYTES), N * ROWS * F::BYTES);
     let zero = _mm512_setzero_si512();
     let scales: [__m512; T] =
@@ -270,11 +226,12 @@ struct LargeSums<const T: usize> {
 #[inline(always)]
 unsafe fn large_product<F: Wide, const T: usize>(
     job: &Job<'_>,
-    rows: &Rows,
+    rows: &[*const u8; ROWS],
     next: *const u8,
     t: usize,
-    out: &[*mut f32; 4],
+    out: &mut [[f32; ROWS]; 4],
 ) {
+    let (rows, _) = rows.as_chunks::<FOUR>();
     let zero = _mm512_setzero_ps();
     let mut sums = [LargeSums { products: [[zero; FOUR]; T], mins: [[zero; 2]; T] }; GROUPS];
     for b in 0..job.weights.cols / 256 {
@@ -330,7 +287,7 @@ unsafe fn large_product<F: Wide, const T: usize>(
                     },
                 );
             }
-            _mm_storeu_ps(out[i].add(FOUR * g), sum);
+            _mm_storeu_ps(out[i][FOUR * g..][..FOUR].as_mut_ptr(), sum);
         }
     }
 }
