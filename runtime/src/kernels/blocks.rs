@@ -143,6 +143,7 @@ unsafe fn sum_blocks<S: Sum>(job: &Job<'_>, quads: impl Fn(&[i8], &[i8]) -> [i32
                             parts: &parts,
                             quads: quads(&parts.codes[..len], &x[..len]),
                             sub,
+                            order: order(ty),
                             b,
                             scale: job.acts.scale(t, b),
                             sums: &sums_of[..n_subs],
@@ -166,6 +167,8 @@ struct Product<'a> {
     quads: [i32; QUADS],
     /// Weights in a sub-block.
     sub: usize,
+    /// Where a block of 256 has its codes.
+    order: Order,
     /// Which block of its row.
     b: usize,
     /// The activations' scale, and the sums of their codes per sub-block.
@@ -182,61 +185,102 @@ trait Sum: Copy + Default {
 /// Lanes in the order of [`super::lanes::Lanes::sum`].
 fn sum_lanes(x: [f32; LANES]) -> f32 {
     let y: [f32; 8] = std::array::from_fn(|i| x[i] + x[i + 8]);
-    let z: [f32; 4] = std::array::from_fn(|i| y[i] + y[i + 4]);
-    (z[0] + z[2]) + (z[1] + z[3])
+    sum_four(std::array::from_fn(|i| y[i] + y[i + 4]))
 }
 
-/// Few tokens, blocks of 32: even blocks in the lower, odd ones in the upper eight lanes, and offsets likewise.
+/// The last steps of that.
+fn sum_four(x: [f32; 4]) -> f32 {
+    (x[0] + x[2]) + (x[1] + x[3])
+}
+
+/// Few tokens, blocks of 32: lane i sums the codes 4·i..4·i + 4 and 16 + 4·i..20 + 4·i of every block. Offsets have
+/// four sums of their own, in turn.
 #[derive(Clone, Copy, Default)]
 struct FewSmall {
-    lanes: [f32; LANES],
-    offsets: [f32; 2],
+    lanes: [f32; 4],
+    offsets: [f32; 4],
 }
 
 impl Sum for FewSmall {
     #[inline(always)]
     fn add(&mut self, x: &Product<'_>) {
-        let (half, factor) = (x.b % 2, x.parts.d * x.scale);
-        for (lane, &dot) in self.lanes[8 * half..][..8].iter_mut().zip(&x.quads) {
-            *lane = fused(dot as f32, factor, *lane);
+        let factor = x.parts.d * x.scale;
+        for (i, lane) in self.lanes.iter_mut().enumerate() {
+            *lane = fused((x.quads[i] + x.quads[i + 4]) as f32, factor, *lane);
         }
-        let term = x.scale * x.sums[0] as f32;
-        self.offsets[half] = fused(-x.parts.dmin, term, self.offsets[half]);
+        let offset = &mut self.offsets[x.b % 4];
+        *offset = fused(-x.parts.dmin, x.scale * x.sums[0] as f32, *offset);
     }
 
     #[inline(always)]
     fn total(self) -> f32 {
-        sum_lanes(self.lanes) + (self.offsets[0] + self.offsets[1])
+        sum_four(self.lanes) + sum_four(self.offsets)
     }
 }
 
-/// Few tokens, blocks of 256: lane i sums the codes 4·i..4·i + 4 of each 64, and the minimum of sub-block i.
+/// Where the codes of a block of 256 lie: each `group` of weights in `run` bytes, byte i of them holding weights i,
+/// i + run.. in as many fields (in its low bits, that is; further bits may lie elsewhere).
+#[derive(Clone, Copy)]
+pub(super) struct Order {
+    pub group: usize,
+    pub run: usize,
+}
+
+impl Order {
+    /// The weight whose code is in byte `i` of the `v`-th 64 codes, when each 64 bytes are taken field after field.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+    pub const fn weight(self, v: usize, i: usize) -> usize {
+        let fields = self.group / self.run;
+        let byte = v / fields * 64 + i;
+        byte / self.run * self.group + v % fields * self.run + byte % self.run
+    }
+
+    /// The byte that holds weight `w`.
+    const fn byte(self, w: usize) -> usize {
+        w / self.group * self.run + w % self.run
+    }
+}
+
+/// The order of a type with blocks of 256.
+pub(super) const fn order(ty: GgmlType) -> Order {
+    let (group, run) = match ty {
+        GgmlType::Q2K | GgmlType::Q3K => (128, 32),
+        GgmlType::Q6K => (128, 64),
+        GgmlType::Iq4Xs => (32, 16),
+        _ => (64, 32),
+    };
+    Order { group, run }
+}
+
+/// Few tokens, blocks of 256: lane i sums the codes whose bytes are dword i of each 64 bytes. Minimums have their own
+/// lanes, of two sub-blocks each.
 #[derive(Clone, Copy, Default)]
 struct FewLarge {
     lanes: [f32; LANES],
+    mins: [f32; 8],
 }
 
 impl Sum for FewLarge {
     #[inline(always)]
     fn add(&mut self, x: &Product<'_>) {
         let mut dots = [0; LANES];
-        for (k, quads) in x.quads.as_chunks::<LANES>().0.iter().enumerate() {
-            for i in 0..LANES {
-                dots[i] += quads[i] * x.parts.scales[(64 * k + 4 * i) / x.sub];
-            }
+        for (q, quad) in x.quads.iter().enumerate() {
+            dots[x.order.byte(4 * q) / 4 % LANES] += quad * x.parts.scales[4 * q / x.sub];
         }
         let (d, dmin) = (x.parts.d * x.scale, x.parts.dmin * x.scale);
-        for i in 0..LANES {
-            self.lanes[i] = fused(dots[i] as f32, d, self.lanes[i]);
+        for (lane, dot) in self.lanes.iter_mut().zip(dots) {
+            *lane = fused(dot as f32, d, *lane);
         }
-        for (i, sum) in x.sums.iter().enumerate() {
-            self.lanes[i] = fused(-((x.parts.mins[i] * sum) as f32), dmin, self.lanes[i]);
+        let mins = x.parts.mins.as_chunks::<2>().0.iter().zip(x.sums.as_chunks::<2>().0);
+        for (lane, (min, sum)) in self.mins.iter_mut().zip(mins) {
+            *lane = fused((min[0] * sum[0] + min[1] * sum[1]) as f32, dmin, *lane);
         }
     }
 
     #[inline(always)]
     fn total(self) -> f32 {
-        sum_lanes(self.lanes)
+        let mins = self.mins;
+        sum_lanes(self.lanes) - sum_four(std::array::from_fn(|i| mins[i] + mins[i + 4]))
     }
 }
 

@@ -3,5 +3,6 @@
 pub(super) mod amx;
 pub(super) mod avx2;
 pub(super) mod avx512;
+mod few;
 mod panel;
 mod unpack;

@@ -92,7 +92,7 @@ unsafe fn spread_bits(bits: u32, value: i8) -> __m256i {
 
 /// What the 16 codes of the IQ4 types stand for, with 128 added.
 #[inline(always)]
-unsafe fn iq4_values() -> __m256i {
+pub(super) unsafe fn iq4_values() -> __m256i {
     const BIASED: [u8; 16] = {
         let mut out = [0; 16];
         let mut i = 0;

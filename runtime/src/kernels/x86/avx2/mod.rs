@@ -1,6 +1,7 @@
 //! AVX2, FMA and F16C.
 
 mod lanes;
+mod narrow;
 mod panel;
 mod rows;
 

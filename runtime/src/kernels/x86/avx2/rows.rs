@@ -1,162 +1,272 @@
-//! Few tokens: rows are read once, straight from their blocks, two side by side.
+//! Few tokens: rows are read once, straight from their blocks, some side by side. The order of the sums is that of
+//! `avx512::rows`, with the halves of its vectors one after the other.
 
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for the instruction set and for `Matmul`'s contract alone
 
-use super::lanes::sum_floats;
+use super::narrow::{Narrow, Two, pairs};
 use crate::kernels::matmul::Job;
 use crate::kernels::memory::LANES;
-use crate::kernels::x86::unpack::{Large, Small, f16};
+use crate::kernels::x86::few::{fetch, for_groups};
+use crate::kernels::x86::unpack::{Large, f16};
 use std::arch::x86_64::*;
 
-/// How far ahead of the reading a row is prefetched.
-const AHEAD_BYTES: usize = 1024;
+/// Rows whose scales are prepared together.
+const TWO: usize = 2;
+/// Pairs of rows that are read side by side.
+const PAIRS: usize = 2;
+/// Rows that are read side by side.
+const ROWS: usize = PAIRS * TWO;
 
-/// Calls `product(row, token)` for pairs of rows, then for a last one, and stores the results.
-macro_rules! for_rows {
-    ($job:ident, $product:ident, $type:ident) => {
-        for row0 in $job.rows.clone().step_by(LANES) {
-            let n_rows = LANES.min($job.rows.end - row0);
-            for t in 0..$job.acts.n_tokens() {
-                let mut out = [0.0; LANES];
-                for r in (0..n_rows / 2 * 2).step_by(2) {
-                    out[r..r + 2].copy_from_slice(&$product::<$type, 2>($job, row0 + r, t));
-                }
-                if n_rows % 2 == 1 {
-                    out[n_rows - 1] = $product::<$type, 1>($job, row0 + n_rows - 1, t)[0];
-                }
-                $job.out.put(row0, t, &out[..n_rows]);
-            }
-        }
-    };
+#[inline(always)]
+pub(super) unsafe fn small<F: Two>(job: &Job<'_>) {
+    for_groups!(job, ROWS, small_product, F);
 }
 
 #[inline(always)]
-pub(super) unsafe fn small<F: Small>(job: &Job<'_>) {
-    for_rows!(job, small_product, F);
+pub(super) unsafe fn large<F: Narrow>(job: &Job<'_>) {
+    for_groups!(job, ROWS, large_product, F);
 }
 
+/// The sum of four lanes, in the order of `Lanes::sum`.
 #[inline(always)]
-pub(super) unsafe fn large<F: Large>(job: &Job<'_>) {
-    for_rows!(job, large_product, F);
+unsafe fn sum_four(x: __m128) -> f32 {
+    let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)))
 }
 
-/// Products of 32 codes with 32 activations, summed in pairs to i16. No pair overflows: codes up to 63 are multiplied
-/// as they are (2·63·127), and those with a bias of 128 by magnitude (2·128·127 = 32512).
+/// The lower and the upper half.
 #[inline(always)]
-unsafe fn pairs<const BIAS: u8>(codes: __m256i, x: __m256i) -> __m256i {
-    if BIAS == 128 {
-        let w = _mm256_xor_si256(codes, _mm256_set1_epi8(i8::MIN));
-        return _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-    }
-    let products = _mm256_maddubs_epi16(codes, x);
-    match BIAS {
-        0 => products,
-        _ => _mm256_sub_epi16(products, _mm256_maddubs_epi16(_mm256_set1_epi8(BIAS as i8), x)),
-    }
+unsafe fn halves(x: __m256) -> [__m128; 2] {
+    [_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x)]
 }
 
-/// [`pairs`] with the bias of a type.
-macro_rules! pairs_of {
-    ($type:ident, $codes:expr, $x:expr) => {
-        match $type::BIAS {
-            0 => pairs::<0>($codes, $x),
-            4 => pairs::<4>($codes, $x),
-            8 => pairs::<8>($codes, $x),
-            16 => pairs::<16>($codes, $x),
-            32 => pairs::<32>($codes, $x),
-            _ => pairs::<128>($codes, $x),
-        }
-    };
-}
-
+/// Both halves added.
 #[inline(always)]
-unsafe fn small_product<F: Small, const R: usize>(job: &Job<'_>, row: usize, t: usize) -> [f32; R] {
-    let rows: [*const u8; R] = std::array::from_fn(|r| job.weights.row(row + r).as_ptr());
-    let (codes, scales, terms) = (job.acts.codes(t), job.acts.scales(t), job.acts.sums32(t));
-    // Even and odd blocks apart, as the lower and the upper half of sixteen lanes.
-    let mut sums = [[_mm256_setzero_ps(); R]; 2];
-    let mut offsets = [[_mm_setzero_ps(); R]; 2];
+unsafe fn fold(x: __m256) -> __m128 {
+    let [low, high] = halves(x);
+    _mm_add_ps(low, high)
+}
+
+/// Sums of two rows of blocks of 32, a row in each half.
+#[derive(Clone, Copy)]
+struct SmallSums<const T: usize> {
+    products: [__m256; T],
+    offsets: [__m256; T],
+}
+
+/// Rows of blocks of 32 times `T` tokens. A row has four lanes of a sum.
+#[inline(always)]
+unsafe fn small_product<F: Two, const T: usize>(
+    job: &Job<'_>,
+    rows: &[*const u8; ROWS],
+    next: *const u8,
+    t: usize,
+    out: &mut [[f32; ROWS]; 4],
+) {
     let n_blocks = job.weights.cols / 32;
-    for b0 in (0..n_blocks).step_by(2) {
-        for half in 0..2.min(n_blocks - b0) {
-            let b = b0 + half;
-            let x = _mm256_loadu_si256(codes.as_ptr().add(32 * b).cast());
-            let term = scales[b] * terms[b] as f32;
-            for r in 0..R {
-                let p = rows[r].add(b * F::BYTES);
-                _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(AHEAD_BYTES).cast());
-                let dot = _mm256_madd_epi16(pairs_of!(F, F::codes(p), x), _mm256_set1_epi16(1));
-                let d = _mm256_set1_ps(f16(p) * scales[b]);
-                sums[half][r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), d, sums[half][r]);
-                if F::HAS_M {
-                    let (m, term) = (_mm_set_ss(f16(p.add(2))), _mm_set_ss(term));
-                    offsets[half][r] = _mm_fmadd_ss(m, term, offsets[half][r]);
+    let zero = [_mm256_setzero_ps(); T];
+    let mut sums = [SmallSums { products: zero, offsets: zero }; PAIRS];
+    let whole = n_blocks / 4 * 4;
+    for b in (0..whole).step_by(4) {
+        some_blocks::<F, T, 4>(job, rows, next, t, b, &mut sums);
+    }
+    match n_blocks - whole {
+        1 => some_blocks::<F, T, 1>(job, rows, next, t, whole, &mut sums),
+        2 => some_blocks::<F, T, 2>(job, rows, next, t, whole, &mut sums),
+        3 => some_blocks::<F, T, 3>(job, rows, next, t, whole, &mut sums),
+        _ => {}
+    }
+    for (g, sums) in sums.iter().enumerate() {
+        for i in 0..T {
+            for (r, sum) in halves(sums.products[i]).into_iter().enumerate() {
+                out[i][TWO * g + r] = sum_four(sum);
+            }
+            if F::HAS_M {
+                for (r, sum) in halves(sums.offsets[i]).into_iter().enumerate() {
+                    out[i][TWO * g + r] += sum_four(sum);
                 }
             }
         }
     }
-    std::array::from_fn(|r| {
-        let sum = sum_floats(_mm256_add_ps(sums[0][r], sums[1][r]));
-        match F::HAS_M {
-            true => sum + (_mm_cvtss_f32(offsets[0][r]) + _mm_cvtss_f32(offsets[1][r])),
-            false => sum,
-        }
-    })
 }
 
+/// The first `N` of four numbers in each half, zeros after them.
 #[inline(always)]
-unsafe fn large_product<F: Large, const R: usize>(job: &Job<'_>, row: usize, t: usize) -> [f32; R] {
-    let rows: [*const u8; R] = std::array::from_fn(|r| job.weights.row(row + r).as_ptr());
-    let codes = job.acts.codes(t);
-    let mut sums = [[_mm256_setzero_ps(); 2]; R]; // sixteen lanes
-    for b in 0..job.weights.cols / 256 {
-        let x = codes.as_ptr().add(256 * b);
-        let scale = job.acts.scales(t)[b];
-        for r in 0..R {
-            let p = rows[r].add(b * F::BYTES);
-            for line in 0..F::BYTES.div_ceil(64) {
-                _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(AHEAD_BYTES + 64 * line).cast());
+unsafe fn in_halves<const N: usize>(p: *const f32) -> __m256 {
+    let four: [f32; 4] = std::array::from_fn(|i| if i < N { *p.add(i) } else { 0.0 });
+    let four = _mm_loadu_ps(four.as_ptr());
+    _mm256_set_m128(four, four)
+}
+
+/// The f16 at `p`, `p + stride`.. of each row in its half, as f32; zeros after `N` of them.
+#[inline(always)]
+unsafe fn f16_halves<const N: usize>(p: &[*const u8; TWO], stride: usize) -> __m256 {
+    let row = |p: *const u8| {
+        let bits = |i: usize| i64::from(p.add(i * stride).cast::<u16>().read_unaligned()) << (16 * i);
+        (0..N).fold(0, |all, i| all | bits(i))
+    };
+    _mm256_cvtph_ps(_mm_set_epi64x(row(p[1]), row(p[0])))
+}
+
+/// Number `j` of each half in all its lanes.
+#[inline(always)]
+unsafe fn spread(x: __m256, j: usize) -> __m256 {
+    match j {
+        0 => _mm256_permute_ps::<0x00>(x),
+        1 => _mm256_permute_ps::<0x55>(x),
+        2 => _mm256_permute_ps::<0xaa>(x),
+        _ => _mm256_permute_ps::<0xff>(x),
+    }
+}
+
+/// Blocks `b..b + N` of the rows.
+#[inline(always)]
+unsafe fn some_blocks<F: Two, const T: usize, const N: usize>(
+    job: &Job<'_>,
+    rows: &[*const u8; ROWS],
+    next: *const u8,
+    t: usize,
+    b: usize,
+    sums: &mut [SmallSums<T>; PAIRS],
+) {
+    let (rows, _) = rows.as_chunks::<TWO>();
+    fetch(next.wrapping_add(b * ROWS * F::BYTES), N * ROWS * F::BYTES);
+    let ones = _mm256_set1_epi16(1);
+    let scales: [__m256; T] = std::array::from_fn(|i| in_halves::<N>(job.acts.scales(t + i).as_ptr().add(b)));
+    let mut factors = [[_mm256_setzero_ps(); T]; PAIRS];
+    for g in 0..PAIRS {
+        let p = rows[g].map(|row| row.add(b * F::BYTES));
+        let d = f16_halves::<N>(&p, F::BYTES);
+        factors[g] = scales.map(|scale| _mm256_mul_ps(d, scale));
+        if F::HAS_M {
+            let m = f16_halves::<N>(&p.map(|p| p.add(2)), F::BYTES);
+            for i in 0..T {
+                let x_sums = job.acts.sums32(t + i)[b..b + N].as_ptr();
+                let x_sums: [f32; N] = std::array::from_fn(|j| *x_sums.add(j) as f32);
+                let terms = _mm256_mul_ps(scales[i], in_halves::<N>(x_sums.as_ptr()));
+                sums[g].offsets[i] = _mm256_fmadd_ps(m, terms, sums[g].offsets[i]);
             }
-            let d = _mm256_set1_ps(f16(p.add(F::D)) * scale);
-            let dots = large_block::<F>(p, x);
-            for half in 0..2 {
-                sums[r][half] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[half]), d, sums[r][half]);
+        }
+    }
+    for j in 0..N {
+        let mut x = [[_mm256_setzero_si256(); 2]; T];
+        for i in 0..T {
+            let codes = job.acts.codes(t + i).as_ptr().add(32 * (b + j));
+            x[i] = [codes, codes.add(16)].map(|x| _mm256_broadcastsi128_si256(_mm_loadu_si128(x.cast())));
+        }
+        for g in 0..PAIRS {
+            let codes = F::two(&rows[g].map(|row| row.add((b + j) * F::BYTES)));
+            for i in 0..T {
+                let [low, high] = [0, 1].map(|h| pairs::<F>(codes[h], x[i][h]));
+                let dot = if F::BIAS < 128 {
+                    _mm256_madd_epi16(_mm256_add_epi16(low, high), ones) // at most 4·31·127 in i16
+                } else {
+                    _mm256_add_epi32(_mm256_madd_epi16(low, ones), _mm256_madd_epi16(high, ones))
+                };
+                let sum = &mut sums[g].products[i];
+                *sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), spread(factors[g][i], j), *sum);
+            }
+        }
+    }
+}
+
+/// Sums of a row of blocks of 256.
+#[derive(Clone, Copy)]
+struct LargeSums {
+    /// Sixteen lanes: a lane is a dword of the 64 bytes that the codes are read in.
+    products: [__m256; 2],
+    /// A lane is two sub-blocks.
+    mins: __m256,
+}
+
+/// Rows of blocks of 256 times `T` tokens.
+#[inline(always)]
+unsafe fn large_product<F: Narrow, const T: usize>(
+    job: &Job<'_>,
+    rows: &[*const u8; ROWS],
+    next: *const u8,
+    t: usize,
+    out: &mut [[f32; ROWS]; 4],
+) {
+    let zero = _mm256_setzero_ps();
+    let mut sums = [[LargeSums { products: [zero; 2], mins: zero }; T]; ROWS];
+    for b in 0..job.weights.cols / 256 {
+        fetch(next.wrapping_add(b * ROWS * F::BYTES), ROWS * F::BYTES);
+        let x_sums: [__m256i; T] = std::array::from_fn(|i| match F::HAS_MINS {
+            true => x_sums::<F>(job, t + i, b),
+            false => _mm256_setzero_si256(),
+        });
+        for r in 0..ROWS {
+            let p = rows[r].add(b * F::BYTES);
+            let dots = large_block::<F, T>(job, p, t, b);
+            let d = f16(p.add(F::D));
+            for i in 0..T {
+                let factor = _mm256_set1_ps(d * job.acts.scales(t + i)[b]);
+                for half in 0..2 {
+                    let sum = &mut sums[r][i].products[half];
+                    *sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[i][half]), factor, *sum);
+                }
             }
             if F::HAS_MINS {
-                let dmin = _mm256_set1_ps(f16(p.add(F::DMIN)) * scale);
-                for half in 0..256 / F::SUB / 8 {
-                    let mins = _mm256_cvtepi32_ps(large_mins::<F>(p, job, t, b, half));
-                    sums[r][half] = _mm256_fnmadd_ps(mins, dmin, sums[r][half]);
+                let dmin = f16(p.add(F::DMIN));
+                let mins = _mm256_cvtepi8_epi16(F::mins(p));
+                for i in 0..T {
+                    let factor = _mm256_set1_ps(dmin * job.acts.scales(t + i)[b]);
+                    let dots = _mm256_madd_epi16(mins, x_sums[i]);
+                    let sum = &mut sums[r][i].mins;
+                    *sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots), factor, *sum);
                 }
             }
         }
     }
-    sums.map(|[low, high]| sum_floats(_mm256_add_ps(low, high)))
-}
-
-/// Sum over the sub-blocks of scale · (codes · x), spread over 16 lanes: lane i has codes 4·i..4·i + 4 of each 64.
-#[inline(always)]
-unsafe fn large_block<F: Large>(p: *const u8, x: *const i8) -> [__m256i; 2] {
-    let mut scales = [0i16; 16];
-    _mm256_storeu_si256(scales.as_mut_ptr().cast(), _mm256_cvtepi8_epi16(F::scales(p)));
-    let mut sums = [_mm256_setzero_si256(); 2];
-    for j in 0..8 {
-        let x = _mm256_loadu_si256(x.add(32 * j).cast());
-        let products = pairs_of!(F, F::codes(p, j), x);
-        let scale = match F::SUB {
-            16 => _mm256_setr_m128i(_mm_set1_epi16(scales[2 * j]), _mm_set1_epi16(scales[2 * j + 1])),
-            _ => _mm256_set1_epi16(scales[j]),
-        };
-        sums[j % 2] = _mm256_add_epi32(sums[j % 2], _mm256_madd_epi16(products, scale));
+    for (r, sums) in sums.iter().enumerate() {
+        for (i, LargeSums { products: [low, high], mins }) in sums.iter().enumerate() {
+            out[i][r] = sum_four(fold(_mm256_add_ps(*low, *high)));
+            if F::HAS_MINS {
+                out[i][r] -= sum_four(fold(*mins));
+            }
+        }
     }
-    sums
 }
 
-/// Minimums of sub-blocks `8 half..8 half + 8` times the sums of their activations.
+/// The sums over block `b` at `p` of scale · (codes · x), in 16 lanes.
+///
+/// No lane of a sum overflows: it has 16 products of at most 63·127 times a scale of at most 128, or of 127·127 times
+/// one of at most 32.
 #[inline(always)]
-unsafe fn large_mins<F: Large>(p: *const u8, job: &Job<'_>, t: usize, b: usize, half: usize) -> __m256i {
-    let sums = if F::SUB == 16 { job.acts.sums16(t) } else { job.acts.sums32(t) };
-    let sums = _mm256_loadu_si256(sums.as_ptr().add(256 / F::SUB * b + 8 * half).cast());
-    let mins = if half == 1 { _mm_srli_si128::<8>(F::mins(p)) } else { F::mins(p) };
-    _mm256_mullo_epi32(_mm256_cvtepi8_epi32(mins), sums)
+unsafe fn large_block<F: Narrow, const T: usize>(
+    job: &Job<'_>,
+    p: *const u8,
+    t: usize,
+    b: usize,
+) -> [[__m256i; 2]; T] {
+    let scales = _mm256_cvtepi8_epi16(F::scales(p));
+    let scales = [_mm256_permute4x64_epi64::<0x44>(scales), _mm256_permute4x64_epi64::<0xee>(scales)];
+    let mut dots = [[_mm256_setzero_si256(); 2]; T];
+    for v in 0..4 {
+        for half in 0..2 {
+            let codes = F::codes32(p, v, half);
+            let scale = F::spread_scales(&scales, v, half);
+            for i in 0..T {
+                let x = F::x32(job.acts.codes(t + i).as_ptr().add(256 * b), v, half);
+                let products = _mm256_madd_epi16(F::pairs(codes, x), scale);
+                dots[i][half] = _mm256_add_epi32(dots[i][half], products);
+            }
+        }
+    }
+    dots
+}
+
+/// Sums of the activations of each sub-block as i16 (at most 32·127); zeros after the eight of 32.
+#[inline(always)]
+unsafe fn x_sums<F: Large>(job: &Job<'_>, t: usize, b: usize) -> __m256i {
+    if F::SUB == 32 {
+        let sums = job.acts.sums32(t).as_ptr().add(8 * b);
+        let [low, high] = [sums, sums.add(4)].map(|p| _mm_loadu_si128(p.cast()));
+        _mm256_zextsi128_si256(_mm_packs_epi32(low, high))
+    } else {
+        let sums = job.acts.sums16(t).as_ptr().add(16 * b);
+        let [low, high] = [sums, sums.add(8)].map(|p| _mm256_loadu_si256(p.cast()));
+        _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(low, high))
+    }
 }

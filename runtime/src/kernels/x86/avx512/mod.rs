@@ -3,6 +3,7 @@
 mod lanes;
 mod panel;
 mod rows;
+mod wide;
 
 pub(crate) use lanes::Avx512;
 pub(super) use panel::{close, ends_block, scale};
