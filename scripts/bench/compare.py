@@ -1,0 +1,200 @@
+#!/usr/bin/env python3
+"""Kestrel and llama.cpp on one GGUF, taking turns; writes a record. Started by scripts/bench/run.
+
+See definitions.py for what is measured, and the record for everything it depends on.
+"""
+import argparse
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
+
+import definitions as d
+
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+
+
+def output(*command, **kwargs):
+    return subprocess.run([str(c) for c in command], check=True, capture_output=True, text=True, **kwargs).stdout
+
+
+class Kestrel:
+    name = "kestrel"
+
+    def __init__(self, args):
+        self.args = args
+        self.env = {**os.environ, **({"KESTREL_ISA": args.isa} if args.isa else {})}
+
+    def run(self, **counts):
+        """The flat JSON of `kestrel bench`."""
+        options = [x for name, value in counts.items() for x in ("--" + name.replace("_", "-"), value)]
+        return json.loads(output(*self.args.prefix, self.args.kestrel, "bench", self.args.model, "--json", "-r", 1,
+                                 "--threads", self.args.threads, *options, env=self.env))
+
+    def turn(self):
+        """Every figure once, and the limits of the machine at that time."""
+        one = self.run(n_prompt=d.PREFILL, n_tokens=d.DECODE)
+        figures = {key: one[key] for key in ("prefill_tok_s", "decode_tok_s")}
+        for n in d.BATCHES if self.args.batch else ():
+            figures[f"batch_{n}_tok_s"] = self.run(n_prompt=0, n_tokens=d.BATCH_STEPS, batch=n)["decode_tok_s"]
+        return figures, one
+
+
+class LlamaCpp:
+    name = "llama.cpp"
+
+    def __init__(self, args):
+        self.args = args
+        self.best = {}
+        self.tried = []
+
+    def run(self, setting, **what):
+        options = [x for name, value in {**setting, **what}.items() for x in (
+            "--" + name.replace("_", "-"), *(value if isinstance(value, tuple) else (value,)))]
+        return json.loads(output(*self.args.prefix, self.args.llama_python, HERE / "llama_worker.py",
+                                 self.args.model, "--threads", self.args.threads, *options))
+
+    def figures(self, result):
+        found = {key: result[key][0] for key in ("prefill_tok_s", "decode_tok_s") if result[key]}
+        return found | {f"batch_{n}_tok_s": rates[0] for n, rates in result["batch_tok_s"].items()}
+
+    def find_best_settings(self):
+        """Tries every setting once. The physical batch matters for many tokens only."""
+        for repack in d.REPACK:
+            for ubatch in d.UBATCH:
+                setting = {"repack": repack, "ubatch": ubatch}
+                what = {"prefill": d.PREFILL}
+                if ubatch == 512:
+                    what |= {"decode": d.DECODE}
+                    if self.args.batch:
+                        what |= {"batch": d.BATCHES, "batch_steps": d.BATCH_STEPS}
+                result = self.run(setting, **what)
+                self.about = {key: result[key] for key in ("version", "system_info")}
+                self.tried.append(setting | self.figures(result))
+                say(f"llama.cpp {self.tried[-1]}")
+        for key in d.FIGURES:
+            tried = [t for t in self.tried if key in t]
+            if tried:
+                best = max(tried, key=lambda t: t[key])
+                self.best[key] = {"repack": best["repack"], "ubatch": best["ubatch"]}
+
+    def turn(self):
+        """Every figure once, those of one setting in one process."""
+        figures = {}
+        settings = {tuple(sorted(s.items())) for s in self.best.values()}
+        for setting in sorted(settings):
+            keys = [key for key, s in self.best.items() if tuple(sorted(s.items())) == setting]
+            what = {}
+            if "prefill_tok_s" in keys:
+                what["prefill"] = d.PREFILL
+            if "decode_tok_s" in keys:
+                what["decode"] = d.DECODE
+            batches = tuple(n for n in d.BATCHES if f"batch_{n}_tok_s" in keys)
+            if batches:
+                what |= {"batch": batches, "batch_steps": d.BATCH_STEPS}
+            figures |= self.figures(self.run(dict(setting), **what))
+        return figures
+
+
+def say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+def wait_until_quiet(args):
+    """Other work on the machine makes every figure wrong."""
+    for _ in range(30):
+        if os.getloadavg()[0] <= d.QUIET:
+            return
+        say(f"load average {os.getloadavg()[0]:.2f}, waiting for {d.QUIET}")
+        time.sleep(10)
+    if not args.not_quiet:
+        sys.exit("the machine is not quiet; --not-quiet measures anyway and says so in the record")
+
+
+def cpu_name():
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    fields = dict(line.split(":", 1) for line in lines[:30] if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    return ", ".join(fields.get(key, "?") for key in ("model name", "cpu family", "model", "stepping"))
+
+
+def summary(values):
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=pathlib.Path)
+    parser.add_argument("--kestrel", type=pathlib.Path, default=ROOT / "target/release/kestrel")
+    parser.add_argument("--llama-python", type=pathlib.Path, default=sys.executable, help="the Python with llama.cpp")
+    parser.add_argument("--isa", help="KESTREL_ISA for our side")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--rounds", type=int, default=d.ROUNDS)
+    parser.add_argument("--no-batch", dest="batch", action="store_false", help="leave out decoding together")
+    parser.add_argument("--not-quiet", action="store_true", help="measure on a busy machine")
+    parser.add_argument("--prefix", default="", help="a command that runs each measurement, such as `taskset -c 0,1`")
+    parser.add_argument("--out", type=pathlib.Path, help="the record [default: records/NAME.json]")
+    args = parser.parse_args()
+    args.prefix = args.prefix.split()
+    load = os.getloadavg()[0]
+    wait_until_quiet(args)
+
+    ours, theirs = Kestrel(args), LlamaCpp(args)
+    theirs.find_best_settings()
+    turns = {ours.name: [], theirs.name: []}
+    limits = []
+    for i in range(args.rounds):
+        figures, about = ours.turn()
+        turns[ours.name].append(figures)
+        limits.append({key: about[key] for key in ("read_gb_s", "int8_peak_gmac_s", "f32_peak_gmac_s")})
+        turns[theirs.name].append(theirs.turn())
+        say(f"round {i + 1}: " + ", ".join(f"{name} {rounds[-1]}" for name, rounds in turns.items()))
+
+    figures = {}
+    for key, what in d.FIGURES.items():
+        sides = {name: summary([r[key] for r in rounds]) for name, rounds in turns.items() if key in rounds[0]}
+        if len(sides) == 2:
+            sides["ratio"] = sides[ours.name]["median"] / sides[theirs.name]["median"]
+            figures[key] = {"what": what, **sides, "llama.cpp setting": theirs.best[key]}
+    machine_limits = {key: summary([x[key] for x in limits]) for key in limits[0]}
+    per_token = about["prefill_gmac_s"] / about["prefill_tok_s"]
+    bytes_per_token = about["decode_gb_s"] / about["decode_tok_s"]
+    record = {
+        "model": args.model.name,
+        "model_bytes": args.model.stat().st_size,
+        "commit": output("git", "describe", "--always", "--dirty", "--abbrev=12", cwd=ROOT).strip(),
+        "date": time.strftime("%Y-%m-%d"),
+        "compilers": [output("rustc", "--version").strip(), output("cc", "--version").splitlines()[0]],
+        "cpu": cpu_name(),
+        "processors": os.cpu_count(),
+        "system": platform.platform(),
+        "load_before": load,
+        "threads": args.threads,
+        "isa": about["isa"],
+        "llama.cpp": {**theirs.about, "cmake_args": os.environ.get("BENCH_CMAKE_ARGS", "unknown")},
+        "limits": machine_limits,
+        "figures": figures,
+        "prefill_share_of_int8_peak":
+            per_token * statistics.median(t["prefill_tok_s"] for t in turns[ours.name])
+            / machine_limits["int8_peak_gmac_s"]["median"],
+        "decode_share_of_reading":
+            bytes_per_token * statistics.median(t["decode_tok_s"] for t in turns[ours.name])
+            / machine_limits["read_gb_s"]["median"],
+        "first_token_ms": about["first_token_ms"],
+        "rss_anon_bytes": about["rss_anon_bytes"],
+        "settings_tried": theirs.tried,
+        "turns": turns,
+    }
+    out = args.out or HERE / "records" / f"{args.model.stem}-{about['isa']}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n")
+    say(f"{out}")
+
+
+if __name__ == "__main__":
+    main()
