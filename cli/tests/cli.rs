@@ -437,7 +437,8 @@ fn bench_prints_flat_json_for_each_number_of_threads() {
             assert!(!on_linux || json[key].as_f64().unwrap() > 0.0, "{key}: {json}");
         }
         assert!(json["isa"].is_string(), "{json}");
-        let [least, median, most] = ["_min", "", "_max"].map(|end| json[format!("decode_tok_s{end}")].as_f64().unwrap());
+        let [least, median, most] =
+            ["_min", "", "_max"].map(|end| json[format!("decode_tok_s{end}")].as_f64().unwrap());
         assert!(least <= median && median <= most, "{json}");
         // The buffer that the memory is measured on is gone when the model's memory is.
         assert!(json["rss_anon_bytes"].as_u64().is_none_or(|n| n < 1 << 28), "{json}");
@@ -451,11 +452,15 @@ fn bench_figures_follow_from_the_models_size() {
     let tensors = inspected["tensors"].as_array().unwrap();
     let weights = |end: &str| -> f64 {
         let found = tensors.iter().filter(|t| t["name"].as_str().unwrap().ends_with(end));
-        found.map(|t| t["shape"].as_array().unwrap().iter().map(|n| n.as_f64().unwrap()).product::<f64>()).sum()
+        found
+            .map(|t| t["shape"].as_array().unwrap().iter().map(|n| n.as_f64().unwrap()).product::<f64>())
+            .sum()
     };
-    let layers: f64 = ["in_proj.weight", "x_proj.weight", "dt_proj.weight", "out_proj.weight"].map(weights).iter().sum();
+    let layers: f64 =
+        ["in_proj.weight", "x_proj.weight", "dt_proj.weight", "out_proj.weight"].map(weights).iter().sum();
     let output = ["lm_head.weight", "embeddings.weight"].map(weights).into_iter().find(|&n| n > 0.0).unwrap();
-    let json = bench_json(args!["bench", tiny(), "-p", "8", "-n", "1", "-r", "1", "--threads", "1"]).remove(0);
+    let json =
+        bench_json(args!["bench", tiny(), "-p", "8", "-n", "1", "-r", "1", "--threads", "1"]).remove(0);
     let gmac_per_token = json["prefill_gmac_s"].as_f64().unwrap() / json["prefill_tok_s"].as_f64().unwrap();
     let expected = (layers + output / 8.0) / 1e9;
     assert!((gmac_per_token / expected - 1.0).abs() < 1e-9, "{gmac_per_token} {expected}");
@@ -464,7 +469,8 @@ fn bench_figures_follow_from_the_models_size() {
 #[test]
 fn bench_leaves_out_what_was_not_measured() {
     let json =
-        bench_json(args!["bench", tiny(), "-p", "0", "-n", "1", "-r", "1", "--depth", "3", "--threads", "1"]).remove(0);
+        bench_json(args!["bench", tiny(), "-p", "0", "-n", "1", "-r", "1", "--depth", "3", "--threads", "1"])
+            .remove(0);
     for key in ["prefill_tok_s", "prefill_gmac_s"] {
         assert_eq!(json[key], Json::Null, "{json}");
     }

@@ -234,7 +234,9 @@ fn rows(criterion: &mut Criterion<Speed>) {
         let (x, mut dt_b_c) = (noise(tokens * D_MODEL), noise(tokens * WIDTH));
         let mut acts = Acts::with_capacity(tokens, D_MODEL);
         let mut group = criterion.benchmark_group("rows");
-        for (name, kind) in [("f32", ActKind::F32), ("int8 x 32", ActKind::Q8x32), ("int8 x 256", ActKind::Q8x256)] {
+        for (name, kind) in
+            [("f32", ActKind::F32), ("int8 x 32", ActKind::Q8x32), ("int8 x 256", ActKind::Q8x256)]
+        {
             group.throughput(Throughput::Elements((4 * tokens * D_MODEL) as u64));
             group.bench_function(BenchmarkId::new(format!("norm to {name}"), tokens), |b| {
                 b.iter(|| compute.norm(&x, &[1.0; D_MODEL], 1e-5, kind, &mut acts));

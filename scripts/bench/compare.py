@@ -64,16 +64,22 @@ class LlamaCpp:
         return found | {f"batch_{n}_tok_s": rates[0] for n, rates in result["batch_tok_s"].items()}
 
     def find_best_settings(self):
-        """Tries every setting once. The physical batch matters for many tokens only."""
-        for repack in d.REPACK:
+        """Tries every setting once. The physical batch matters for many tokens only; a type may have no kernels of
+        some kind."""
+        for weights in d.WEIGHTS:
             for ubatch in d.UBATCH:
-                setting = {"repack": repack, "ubatch": ubatch}
+                setting = {"weights": weights, "ubatch": ubatch}
                 what = {"prefill": d.PREFILL}
                 if ubatch == 512:
                     what |= {"decode": d.DECODE}
                     if self.args.batch:
                         what |= {"batch": d.BATCHES, "batch_steps": d.BATCH_STEPS}
-                result = self.run(setting, **what)
+                try:
+                    result = self.run(setting, **what)
+                except subprocess.CalledProcessError as e:
+                    self.tried.append(setting | {"failed": e.returncode})
+                    say(f"llama.cpp {self.tried[-1]}: {e.stderr.strip().splitlines()[-1:]}")
+                    break
                 self.about = {key: result[key] for key in ("version", "system_info")}
                 self.tried.append(setting | self.figures(result))
                 say(f"llama.cpp {self.tried[-1]}")
@@ -81,7 +87,7 @@ class LlamaCpp:
             tried = [t for t in self.tried if key in t]
             if tried:
                 best = max(tried, key=lambda t: t[key])
-                self.best[key] = {"repack": best["repack"], "ubatch": best["ubatch"]}
+                self.best[key] = {"weights": best["weights"], "ubatch": best["ubatch"]}
 
     def turn(self):
         """Every figure once, those of one setting in one process."""

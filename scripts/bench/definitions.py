@@ -5,8 +5,8 @@ over DECODE steps of one token each, after a prompt of a few tokens. Decoding to
 one token of each per step. Loading, sampling and tokenization are in no figure. Both programs read the same file, get
 the same number of threads, and take turns in processes of their own; a figure is the median over the turns.
 
-llama.cpp gets the best of its settings for each figure: weights repacked at load or not (`use_extra_bufts`, which
-decides between its repacked, AMX and plain kernels), and the physical batch.
+llama.cpp gets the best of its settings for each figure: where the weights go (llama_worker.PLACES: its plain, AMX and
+repacked kernels) and the physical batch.
 """
 
 PREFILL = 512
@@ -14,7 +14,7 @@ DECODE = 32
 BATCHES = (8, 32)
 BATCH_STEPS = 6
 
-REPACK = (1, 0)
+WEIGHTS = ("extra", "plain", "repacked")
 UBATCH = (256, 512, 1024)
 ROUNDS = 5
 

@@ -7,6 +7,7 @@ One process per setting, so that no setting sees another's memory or threads. Wh
 import argparse
 import ctypes
 import json
+import pathlib
 import random
 import time
 
@@ -14,6 +15,27 @@ import llama_cpp
 import llama_cpp.llama_cpp as ll
 
 PROMPT = 8  # tokens of each sequence before sequences are decoded together
+
+
+# Where the layers' matrices go.
+PLACES = {
+    "plain": "as they are in the file",
+    "extra": "whatever llama.cpp chooses for this machine: AMX or repacked",
+    "repacked": "repacked even where there is AMX; only for types that have such kernels",
+}
+
+
+class Override(ctypes.Structure):
+    """llama_model_tensor_buft_override: the tensors whose name the pattern finds, and their buffer type."""
+    _fields_ = [("pattern", ctypes.c_char_p), ("buffer_type", ctypes.c_void_p)]
+
+
+def repacked():
+    """The layers' matrices into CPU_REPACK, whose function llama.cpp exports under its C++ name only."""
+    folder = pathlib.Path(llama_cpp.__file__).parent / "lib"
+    function = ctypes.CDLL(folder / "libggml-cpu.so")._Z35ggml_backend_cpu_repack_buffer_typev
+    function.restype = ctypes.c_void_p
+    return (Override * 2)(Override(rb"blk\..*\.ssm_(in|x|dt|out)\.weight", function()), Override())
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
@@ -28,7 +50,10 @@ class Context:
         started = time.perf_counter()
         params = ll.llama_model_default_params()
         params.n_gpu_layers = 0
-        params.use_extra_bufts = args.repack
+        params.use_extra_bufts = args.weights == "extra"
+        if args.weights == "repacked":
+            self.overrides = repacked()
+            params.tensor_buft_overrides = ctypes.cast(self.overrides, ctypes.c_void_p)
         self.model = ll.llama_model_load_from_file(args.model.encode(), params)
         assert self.model, f"llama.cpp does not load {args.model}"
         self.n_vocab = ll.llama_vocab_n_tokens(ll.llama_model_get_vocab(self.model))
@@ -85,7 +110,7 @@ class Context:
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
-    parser.add_argument("--repack", type=int, choices=(0, 1), default=1)
+    parser.add_argument("--weights", choices=PLACES, default="extra")
     parser.add_argument("--ubatch", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prefill", type=int, default=0, help="tokens at once; 0 leaves it out")

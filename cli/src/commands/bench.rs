@@ -89,9 +89,8 @@ impl Measured {
     fn new(args: &BenchArgs, threads: usize, steps: &Steps) -> Result<Self> {
         let started = Instant::now();
         let since_start_ms = || started.elapsed().as_secs_f64() * 1e3;
-        let (model, open_ms) = steps.step("opening the model", || -> Result<_> {
-            Ok((args.model.open()?, since_start_ms()))
-        })?;
+        let (model, open_ms) = steps
+            .step("opening the model", || -> Result<_> { Ok((args.model.open()?, since_start_ms())) })?;
         let mut session = args.model.session_with(&model, threads)?;
         let mut tokens = Tokens { state: 1, vocab: model.hparams().vocab_size as u64 };
         session.prefill(&[tokens.next()])?;

@@ -116,8 +116,7 @@ impl Loop {
 const A: i32 = 3;
 const B: i32 = 5;
 
-const SCALAR: Loops =
-    Loops { int8: Loop::int8(scalar_int8, 256), f32: Loop::f32::<Scalar>(fma::<Scalar>) };
+const SCALAR: Loops = Loops { int8: Loop::int8(scalar_int8, 256), f32: Loop::f32::<Scalar>(fma::<Scalar>) };
 
 /// Products as the compiler makes them.
 fn scalar_int8(rounds: usize) -> f64 {
@@ -213,8 +212,9 @@ mod x86 {
 #[cfg(target_arch = "aarch64")]
 mod neon {
     use super::{A, B, Loop, Loops, fma};
-    use crate::kernels::neon::{Neon, int::dot_16};
+    use crate::kernels::neon::Neon;
     use std::arch::aarch64::*;
+    use std::arch::asm;
     use std::hint::black_box;
 
     pub const NEON: Loops = Loops { int8: Loop::int8(int8, 16 * 16), f32: Loop::f32::<Neon>(f32) };
@@ -226,7 +226,11 @@ mod neon {
         let mut sums = [vdupq_n_s32(0); 16];
         for _ in 0..rounds {
             for sum in &mut sums {
-                *sum = dot_16(*sum, a, b);
+                // SAFETY: the instruction is of this function's set and touches its operands only.
+                unsafe {
+                    asm!("sdot {0:v}.4s, {1:v}.16b, {2:v}.16b", inout(vreg) *sum, in(vreg) a, in(vreg) b,
+                         options(pure, nomem, nostack, preserves_flags));
+                }
             }
         }
         vaddvq_s32(sums.into_iter().fold(vdupq_n_s32(0), |a, b| vaddq_s32(a, b))).into()
@@ -311,9 +315,6 @@ mod tests {
         let lines: Vec<Line> = (0..37).map(|i| [i; 64]).collect();
         let expected = sum_lines::<1>(&lines);
         assert_eq!(expected, (0..37).map(|i| 8 * u64::from_ne_bytes([i; 8])).fold(0, u64::wrapping_add));
-        assert_eq!(
-            [sum_lines::<2>(&lines), sum_lines::<4>(&lines), sum_lines::<8>(&lines)],
-            [expected; 3]
-        );
+        assert_eq!([sum_lines::<2>(&lines), sum_lines::<4>(&lines), sum_lines::<8>(&lines)], [expected; 3]);
     }
 }
