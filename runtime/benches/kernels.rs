@@ -42,7 +42,8 @@ impl Speed {
     /// Name and limit, per nanosecond.
     fn limit(self) -> (&'static str, f64) {
         static LIMITS: OnceLock<Limits> = OnceLock::new();
-        let limits = LIMITS.get_or_init(|| Limits::measure(isa(), n_threads(), &vec![1; READ_BYTES]));
+        let limits = LIMITS
+            .get_or_init(|| Limits::measure(isa(), n_threads(), READ_BYTES).expect("memory to measure"));
         match self {
             Self::Read => ("GB/s", limits.read_bytes_s / 1e9),
             Self::Int8 => ("GMAC/s", limits.int8_mac_s / 1e9),

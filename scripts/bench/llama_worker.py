@@ -32,8 +32,9 @@ class Override(ctypes.Structure):
 
 def repacked():
     """The layers' matrices into CPU_REPACK, whose function llama.cpp exports under its C++ name only."""
+    # The copy of the library that is loaded already: a wheel has a file for each name of it.
     folder = pathlib.Path(llama_cpp.__file__).parent / "lib"
-    function = ctypes.CDLL(folder / "libggml-cpu.so")._Z35ggml_backend_cpu_repack_buffer_typev
+    function = ctypes.CDLL(folder / "libggml-cpu.so.0")._Z35ggml_backend_cpu_repack_buffer_typev
     function.restype = ctypes.c_void_p
     return (Override * 2)(Override(rb"blk\..*\.ssm_(in|x|dt|out)\.weight", function()), Override())
 

@@ -6,7 +6,7 @@ use crate::model::ModelArgs;
 use crate::output::{self, Table};
 use crate::progress::Steps;
 use clap::Args;
-use kestrel_formats::{Error, ErrorKind, Result};
+use kestrel_formats::Result;
 use kestrel_runtime::Work;
 use kestrel_runtime::kernels::peak::{Limits, READ_BYTES};
 use kestrel_runtime::session::Session;
@@ -97,9 +97,7 @@ impl Measured {
         let first_token_ms = since_start_ms();
 
         let (isa, threads) = (session.runner().isa(), session.runner().n_threads());
-        let limits = steps.step("the machine's limits", || -> Result<_> {
-            Ok(Limits::measure(isa, threads, &read_buffer()?))
-        })?;
+        let limits = steps.step("the machine's limits", || Limits::measure(isa, threads, read_bytes()))?;
         session.reset();
         steps.step(format!("reading {} tokens before", args.depth), || {
             session.prefill(&tokens.take(args.depth))
@@ -239,17 +237,10 @@ fn table(args: &BenchArgs, runs: &[Measured]) -> String {
     table.to_string()
 }
 
-/// What the rate of reading is measured on: [`READ_BYTES`], or a quarter of the memory that is left if that is less.
-/// Every page is written, since untouched ones are all the same page. Errors: `Limit` if there is no such memory.
-fn read_buffer() -> Result<Vec<u8>> {
+/// How much memory the rate of reading is measured on: [`READ_BYTES`], or a quarter of what is left if that is less.
+fn read_bytes() -> usize {
     let available = kib_line("/proc/meminfo", "MemAvailable:").unwrap_or(u64::MAX);
-    let n_bytes = (READ_BYTES as u64).min(available / 4) as usize;
-    let mut buffer = Vec::new();
-    buffer.try_reserve_exact(n_bytes).map_err(|e| {
-        Error::new(ErrorKind::Limit).what("a buffer to measure the memory").expected(n_bytes).found(e)
-    })?;
-    buffer.resize(n_bytes, 1);
-    Ok(buffer)
+    (READ_BYTES as u64).min(available / 4) as usize
 }
 
 fn decode(session: &mut Session, tokens: &mut Tokens, n: u32) -> Result<()> {

@@ -11,6 +11,8 @@ use super::lanes::Lanes;
 use super::memory::LANES;
 use super::scalar::Scalar;
 use crate::pool::Pool;
+use kestrel_formats::{Error, ErrorKind, Result};
+use memmap2::MmapMut;
 use std::hint::black_box;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -27,15 +29,16 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// Measures for about a second. `buffer` is what is read; see [`READ_BYTES`].
-    pub fn measure(isa: Isa, n_threads: usize, buffer: &[u8]) -> Self {
+    /// Measures for some seconds. `read_bytes` is the size of what is read: [`READ_BYTES`], or less where memory is
+    /// short. Errors: `Limit` if there is no such memory.
+    pub fn measure(isa: Isa, n_threads: usize, read_bytes: usize) -> Result<Self> {
         let mut pool = Pool::new(n_threads);
         let loops = Loops::of(isa);
-        Self {
-            read_bytes_s: read_bytes_s(&mut pool, buffer),
+        Ok(Self {
+            read_bytes_s: read_bytes_s(&mut pool, &touched(read_bytes)?),
             int8_mac_s: loops.int8.mac_s(&mut pool),
             f32_mac_s: loops.f32.mac_s(&mut pool),
-        }
+        })
     }
 }
 
@@ -43,6 +46,21 @@ impl Limits {
 /// keep a part of a buffer that is read round and round although it does not fit, which counts for little at several
 /// times their size.
 pub const READ_BYTES: usize = 2 << 30;
+
+/// Memory in large pages, where the system has them: with small ones the limit is the page tables. Every page is
+/// written, since untouched ones are all the same page.
+fn touched(n_bytes: usize) -> Result<MmapMut> {
+    let mut buffer = MmapMut::map_anon(n_bytes).map_err(|e| {
+        Error::new(ErrorKind::Limit)
+            .what("memory to measure its speed")
+            .expected(format!("{n_bytes} bytes"))
+            .found(e)
+    })?;
+    #[cfg(target_os = "linux")]
+    let _ = buffer.advise(memmap2::Advice::HugePage);
+    buffer.fill(1);
+    Ok(buffer)
+}
 
 /// How long one run takes at least.
 const RUN: Duration = Duration::from_millis(30);
@@ -293,14 +311,19 @@ mod tests {
     #[test]
     fn every_instruction_set_has_loops_that_compute_what_they_say() {
         // The loops check their results themselves.
-        let buffer = vec![7; 1 << 20];
         for isa in Isa::all_supported() {
             for n_threads in [1, 2] {
-                let limits = Limits::measure(isa, n_threads, &buffer);
+                let limits = Limits::measure(isa, n_threads, 1 << 20).unwrap();
                 let all = [limits.read_bytes_s, limits.int8_mac_s, limits.f32_mac_s];
                 assert!(all.into_iter().all(|x| x.is_finite() && x > 1e6), "{isa:?} {n_threads}: {limits:?}");
             }
         }
+    }
+
+    #[test]
+    fn memory_that_is_not_there_is_an_error() {
+        let error = Limits::measure(Isa::Scalar, 1, usize::MAX / 2).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Limit, "{error}");
     }
 
     #[test]
