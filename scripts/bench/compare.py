@@ -54,8 +54,9 @@ class LlamaCpp:
         self.tried = []
 
     def run(self, setting, **what):
-        options = [x for name, value in {**setting, **what}.items() for x in (
-            "--" + name.replace("_", "-"), *(value if isinstance(value, tuple) else (value,)))]
+        options = []
+        for name, value in (setting | what).items():
+            options += ["--" + name.replace("_", "-"), *(value if isinstance(value, tuple) else (value,))]
         return json.loads(output(*self.args.prefix, self.args.llama_python, HERE / "llama_worker.py",
                                  self.args.model, "--threads", self.args.threads, *options))
 
@@ -63,26 +64,27 @@ class LlamaCpp:
         found = {key: result[key][0] for key in ("prefill_tok_s", "decode_tok_s") if result[key]}
         return found | {f"batch_{n}_tok_s": rates[0] for n, rates in result["batch_tok_s"].items()}
 
+    def attempt(self, setting, **what):
+        """One setting once. llama.cpp may lack kernels of a kind for a type, or crash."""
+        try:
+            result = self.run(setting, **what)
+            self.about = {key: result[key] for key in ("version", "system_info")}
+            self.tried.append(setting | self.figures(result))
+        except subprocess.CalledProcessError as e:
+            self.tried.append(setting | {"failed": e.returncode, "at": list(what)})
+        say(f"llama.cpp {self.tried[-1]}")
+        return "failed" not in self.tried[-1]
+
     def find_best_settings(self):
-        """Tries every setting once. The physical batch matters for many tokens only; a type may have no kernels of
-        some kind."""
+        """Tries every setting. The physical batch matters for many tokens only."""
         for weights in d.WEIGHTS:
-            for ubatch in d.UBATCH:
-                setting = {"weights": weights, "ubatch": ubatch}
-                what = {"prefill": d.PREFILL}
-                if ubatch == 512:
-                    what |= {"decode": d.DECODE}
-                    if self.args.batch:
-                        what |= {"batch": d.BATCHES, "batch_steps": d.BATCH_STEPS}
-                try:
-                    result = self.run(setting, **what)
-                except subprocess.CalledProcessError as e:
-                    self.tried.append(setting | {"failed": e.returncode})
-                    say(f"llama.cpp {self.tried[-1]}: {e.stderr.strip().splitlines()[-1:]}")
-                    break
-                self.about = {key: result[key] for key in ("version", "system_info")}
-                self.tried.append(setting | self.figures(result))
-                say(f"llama.cpp {self.tried[-1]}")
+            first, *others = ({"weights": weights, "ubatch": ubatch} for ubatch in d.UBATCH)
+            if not self.attempt(first, prefill=d.PREFILL, decode=d.DECODE):
+                continue
+            for setting in others:
+                self.attempt(setting, prefill=d.PREFILL)
+            if self.args.batch:
+                self.attempt(first, batch=d.BATCHES, batch_steps=d.BATCH_STEPS)
         for key in d.FIGURES:
             tried = [t for t in self.tried if key in t]
             if tried:
@@ -92,17 +94,11 @@ class LlamaCpp:
     def turn(self):
         """Every figure once, those of one setting in one process."""
         figures = {}
-        settings = {tuple(sorted(s.items())) for s in self.best.values()}
-        for setting in sorted(settings):
-            keys = [key for key, s in self.best.items() if tuple(sorted(s.items())) == setting]
-            what = {}
-            if "prefill_tok_s" in keys:
-                what["prefill"] = d.PREFILL
-            if "decode_tok_s" in keys:
-                what["decode"] = d.DECODE
-            batches = tuple(n for n in d.BATCHES if f"batch_{n}_tok_s" in keys)
-            if batches:
-                what |= {"batch": batches, "batch_steps": d.BATCH_STEPS}
+        for setting in {tuple(s.items()) for s in self.best.values()}:
+            keys = [key for key, s in self.best.items() if tuple(s.items()) == setting]
+            what = {"batch": tuple(n for n in d.BATCHES if f"batch_{n}_tok_s" in keys), "batch_steps": d.BATCH_STEPS}
+            what["prefill"] = d.PREFILL * ("prefill_tok_s" in keys)
+            what["decode"] = d.DECODE * ("decode_tok_s" in keys)
             figures |= self.figures(self.run(dict(setting), **what))
         return figures
 
@@ -113,7 +109,7 @@ def say(text):
 
 def wait_until_quiet(args):
     """Other work on the machine makes every figure wrong."""
-    for _ in range(30):
+    for _ in range(0 if args.not_quiet else 30):
         if os.getloadavg()[0] <= d.QUIET:
             return
         say(f"load average {os.getloadavg()[0]:.2f}, waiting for {d.QUIET}")
