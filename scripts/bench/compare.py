@@ -76,15 +76,15 @@ class LlamaCpp:
         return "failed" not in self.tried[-1]
 
     def find_best_settings(self):
-        """Tries every setting. The physical batch matters for many tokens only."""
+        """Tries where the weights go with one physical batch, then the other physical batches, which matter for many
+        tokens only, with the best place."""
         for weights in d.WEIGHTS:
-            first, *others = ({"weights": weights, "ubatch": ubatch} for ubatch in d.UBATCH)
-            if not self.attempt(first, prefill=d.PREFILL, decode=d.DECODE):
-                continue
-            for setting in others:
-                self.attempt(setting, prefill=d.PREFILL)
-            if self.args.batch:
-                self.attempt(first, batch=d.BATCHES, batch_steps=d.BATCH_STEPS)
+            setting = {"weights": weights, "ubatch": d.UBATCH[0]}
+            if self.attempt(setting, prefill=d.PREFILL, decode=d.DECODE) and self.args.batch:
+                self.attempt(setting, batch=d.BATCHES, batch_steps=d.BATCH_STEPS)
+        fastest = max((t for t in self.tried if "prefill_tok_s" in t), key=lambda t: t["prefill_tok_s"])
+        for ubatch in d.UBATCH[1:]:
+            self.attempt({"weights": fastest["weights"], "ubatch": ubatch}, prefill=d.PREFILL)
         for key in d.FIGURES:
             tried = [t for t in self.tried if key in t]
             if tried:

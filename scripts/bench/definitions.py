@@ -15,7 +15,7 @@ BATCHES = (8, 32)
 BATCH_STEPS = 6
 
 WEIGHTS = ("extra", "plain", "repacked")
-UBATCH = (256, 512, 1024)
+UBATCH = (512, 256, 1024)
 ROUNDS = 5
 
 # The load average above which a machine is not quiet.

@@ -1,8 +1,8 @@
 //! candle-core's quantized matrix product beside ours: the same bytes, the same activations, in turns.
 //!
-//!     RUSTFLAGS="-C target-cpu=native" cargo run --release --manifest-path scripts/bench/candle/Cargo.toml
+//!     scripts/bench/candle/run
 //!
-//! candle chooses its kernels when it is compiled, hence the flag. Both use as many threads as the machine has. One
+//! Both use as many threads as the machine has. One
 //! token reads several copies of the matrix in turn, which no cache holds together.
 
 use candle_core::quantized::{GgmlDType, QMatMul, QStorage, QTensor};
