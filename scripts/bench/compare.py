@@ -36,6 +36,13 @@ class Kestrel:
         return json.loads(output(*self.args.prefix, self.args.kestrel, "bench", self.args.model, "--json", "-r", 1,
                                  "--threads", self.args.threads, *options, env=self.env))
 
+    def one_token_s(self):
+        """From the start of a process to its end after one token, tokenizer and all."""
+        timed = "import subprocess as p, sys, time; s = time.perf_counter(); " \
+                "p.run(sys.argv[1:], check=True, capture_output=True); print(time.perf_counter() - s)"
+        return float(output(*self.args.prefix, sys.executable, "-c", timed, self.args.kestrel, "run", self.args.model,
+                            "-p", "a", "-n", 1, "--threads", self.args.threads, env=self.env))
+
     def turn(self):
         """Every figure once, and the limits of the machine at that time."""
         one = self.run(n_prompt=d.PREFILL, n_tokens=d.DECODE)
@@ -67,9 +74,7 @@ class LlamaCpp:
     def attempt(self, setting, **what):
         """One setting once. llama.cpp may lack kernels of a kind for a type, or crash."""
         try:
-            result = self.run(setting, **what)
-            self.about = {key: result[key] for key in ("version", "system_info")}
-            self.tried.append(setting | self.figures(result))
+            self.tried.append(setting | self.figures(self.run(setting, **what)))
         except subprocess.CalledProcessError as e:
             self.tried.append(setting | {"failed": e.returncode, "at": list(what)})
         say(f"llama.cpp {self.tried[-1]}")
@@ -85,9 +90,16 @@ class LlamaCpp:
         fastest = max((t for t in self.tried if "prefill_tok_s" in t), key=lambda t: t["prefill_tok_s"])
         for ubatch in d.UBATCH[1:]:
             self.attempt({"weights": fastest["weights"], "ubatch": ubatch}, prefill=d.PREFILL)
+
+    def choose_settings(self):
+        """The best of those tried, for each figure."""
+        if self.args.settings:
+            self.tried = json.loads(self.args.settings.read_text())["settings_tried"]
+        else:
+            self.find_best_settings()
         for key in d.FIGURES:
             tried = [t for t in self.tried if key in t]
-            if tried:
+            if tried and (self.args.batch or not key.startswith("batch")):
                 best = max(tried, key=lambda t: t[key])
                 self.best[key] = {"weights": best["weights"], "ubatch": best["ubatch"]}
 
@@ -99,7 +111,9 @@ class LlamaCpp:
             what = {"batch": tuple(n for n in d.BATCHES if f"batch_{n}_tok_s" in keys), "batch_steps": d.BATCH_STEPS}
             what["prefill"] = d.PREFILL * ("prefill_tok_s" in keys)
             what["decode"] = d.DECODE * ("decode_tok_s" in keys)
-            figures |= self.figures(self.run(dict(setting), **what))
+            result = self.run(dict(setting), **what)
+            self.about = {key: result[key] for key in ("version", "system_info")}
+            figures |= self.figures(result)
         return figures
 
 
@@ -138,6 +152,7 @@ def main():
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=d.ROUNDS)
     parser.add_argument("--no-batch", dest="batch", action="store_false", help="leave out decoding together")
+    parser.add_argument("--settings", type=pathlib.Path, help="a record whose settings of llama.cpp are taken as the best")
     parser.add_argument("--not-quiet", action="store_true", help="measure on a busy machine")
     parser.add_argument("--prefix", default="", help="a command that runs each measurement, such as `taskset -c 0,1`")
     parser.add_argument("--out", type=pathlib.Path, help="the record [default: records/NAME.json]")
@@ -147,7 +162,7 @@ def main():
     wait_until_quiet(args)
 
     ours, theirs = Kestrel(args), LlamaCpp(args)
-    theirs.find_best_settings()
+    theirs.choose_settings()
     turns = {ours.name: [], theirs.name: []}
     limits = []
     for i in range(args.rounds):
@@ -188,6 +203,7 @@ def main():
             bytes_per_token * statistics.median(t["decode_tok_s"] for t in turns[ours.name])
             / machine_limits["read_gb_s"]["median"],
         "first_token_ms": about["first_token_ms"],
+        "process_of_one_token_s": ours.one_token_s(),
         "rss_anon_bytes": about["rss_anon_bytes"],
         "settings_tried": theirs.tried,
         "turns": turns,
