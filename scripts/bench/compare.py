@@ -151,7 +151,7 @@ def main():
     parser.add_argument("--isa", help="KESTREL_ISA for our side")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=d.ROUNDS)
-    parser.add_argument("--no-batch", dest="batch", action="store_false", help="leave out decoding together")
+    parser.add_argument("--batch", action="store_true", help="measure decoding several sequences together, too")
     parser.add_argument("--settings", type=pathlib.Path, help="a record whose settings of llama.cpp are taken as the best")
     parser.add_argument("--not-quiet", action="store_true", help="measure on a busy machine")
     parser.add_argument("--prefix", default="", help="a command that runs each measurement, such as `taskset -c 0,1`")
