@@ -102,6 +102,10 @@ class LlamaCpp:
             if tried and (self.args.batch or not key.startswith("batch")):
                 best = max(tried, key=lambda t: t[key])
                 self.best[key] = {"weights": best["weights"], "ubatch": best["ubatch"]}
+        for key, setting in self.best.items():
+            # The physical batch does nothing to single tokens: one process for both where it can be.
+            if key == "decode_tok_s" and setting["weights"] == self.best["prefill_tok_s"]["weights"]:
+                self.best[key] = self.best["prefill_tok_s"]
 
     def turn(self):
         """Every figure once, those of one setting in one process."""
