@@ -55,6 +55,25 @@ impl Threads {
     }
 }
 
+/// Several numbers of threads, one after the other.
+#[derive(Args)]
+pub struct ThreadCounts {
+    /// Worker threads, or several numbers of them to compare [default: as many as the machine runs at once]
+    #[arg(short = 't', long = "threads", value_name = "N,...", value_delimiter = ',',
+          value_parser = clap::value_parser!(u16).range(1..=1024))]
+    n_threads: Vec<u16>,
+}
+
+impl ThreadCounts {
+    /// At least one number.
+    pub fn get(&self) -> Vec<usize> {
+        match self.n_threads.is_empty() {
+            true => vec![Threads { n_threads: None }.get()],
+            false => self.n_threads.iter().copied().map(usize::from).collect(),
+        }
+    }
+}
+
 /// What `convert` and `quantize` have in common.
 #[derive(Args)]
 pub struct ConversionArgs {

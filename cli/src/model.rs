@@ -17,15 +17,15 @@ use kestrel_runtime::tokenizer::Tokenizer;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
-/// Which model, and how it runs.
+/// Which model, and how it runs; `T` says with how many threads.
 #[derive(Args)]
-pub struct ModelArgs {
+pub struct ModelArgs<T: Args = Threads> {
     /// GGUF file or Hugging Face folder
     #[arg(value_name = "MODEL")]
     pub path: PathBuf,
 
     #[command(flatten)]
-    pub threads: Threads,
+    pub threads: T,
 
     /// Keep activations in f32 where the matrices are quantized; slower, closer to the file's weights
     #[arg(long)]
@@ -40,7 +40,7 @@ pub struct ModelArgs {
     pub load_in_8bit: bool,
 }
 
-impl ModelArgs {
+impl<T: Args> ModelArgs<T> {
     /// Opens the model. A GGUF or an unquantized folder is mapped, which takes no time; a bar shows the rest.
     pub fn open(&self) -> Result<Model> {
         files::check_model_path(&self.path)?;
@@ -54,12 +54,16 @@ impl ModelArgs {
         Model::open(&self.path, &LoadOptions { quantize, progress: Some(&progress) })
     }
 
+    /// A session with so many threads, otherwise as the arguments say.
+    pub fn session_with<'m>(&self, model: &'m Model, threads: usize) -> Result<Session<'m>> {
+        Session::new(model, &RunnerOptions { threads, precise: self.precise, ..Default::default() })
+    }
+}
+
+impl ModelArgs {
     /// A session as the arguments say.
     pub fn session<'m>(&self, model: &'m Model) -> Result<Session<'m>> {
-        Session::new(
-            model,
-            &RunnerOptions { threads: self.threads.get(), precise: self.precise, ..Default::default() },
-        )
+        self.session_with(model, self.threads.get())
     }
 }
 

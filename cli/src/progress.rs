@@ -27,6 +27,34 @@ impl Bar {
     }
 }
 
+/// A bar for steps of work: which one is at hand, how many are left, and the time that went by.
+pub struct Steps(ProgressBar);
+
+impl Steps {
+    /// A bar for so many steps.
+    pub fn new(n_steps: usize) -> Self {
+        let style = ProgressStyle::with_template("{elapsed:>10} [{bar:30}] {pos}/{len} {wide_msg}")
+            .unwrap_or_else(|_| ProgressStyle::default_bar());
+        let bar = ProgressBar::with_draw_target(Some(n_steps as u64), ProgressDrawTarget::stderr());
+        bar.set_style(style.progress_chars("=> "));
+        Self(bar)
+    }
+
+    /// Does one step.
+    pub fn step<R>(&self, doing: impl Into<String>, work: impl FnOnce() -> R) -> R {
+        self.0.set_message(doing.into());
+        let result = work();
+        self.0.inc(1);
+        result
+    }
+}
+
+impl Drop for Steps {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
+    }
+}
+
 impl Progress for Bar {
     fn phase(&self, phase: Phase, read_bytes: u64, _write_bytes: u64) {
         self.0.set_prefix(match phase {

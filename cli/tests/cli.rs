@@ -148,6 +148,10 @@ fn misuse_of_arguments_is_a_usage_error() {
         args!["perplexity", t, "-f", "x", "--chunks", "0"],
         args!["perplexity", t, "-f", "x", "--kl-base", "a", "--save-kl-base", "b"],
         args!["bench", t, "-r", "0"],
+        args!["bench", t, "--threads", "0"],
+        args!["bench", t, "--threads", "1,"],
+        args!["bench", t, "--threads", "1,x"],
+        args!["bench", t, "--depth", "-1"],
     ];
     for args in cases {
         let shown = format!("{args:?}");
@@ -400,17 +404,84 @@ fn perplexity_and_divergence_come_as_numbers() {
     assert_eq!(json["kind"], "BadMagic", "{json}");
 }
 
-#[test]
-fn bench_prints_flat_json() {
-    let args = args!["bench", tiny(), "-p", "16", "-n", "4", "-r", "2", "--threads", "1", "--json"];
-    let json: Json = serde_json::from_str(&ok(kestrel(args))).unwrap();
-    for key in ["prefill_tok_s", "decode_tok_s", "first_token_ms"] {
-        assert!(json[key].as_f64().unwrap() > 0.0, "{key}: {json}");
+const BENCH_FIGURES: [&str; 9] = [
+    "prefill_tok_s",
+    "decode_tok_s",
+    "decode_gb_s",
+    "prefill_gmac_s",
+    "read_gb_s",
+    "int8_peak_gmac_s",
+    "f32_peak_gmac_s",
+    "first_token_ms",
+    "rss_anon_bytes",
+];
+
+/// `bench` with `--json`: one object per number of threads.
+fn bench_json(mut args: Vec<std::ffi::OsString>) -> Vec<Json> {
+    args.push("--json".into());
+    let lines: Vec<Json> = ok(kestrel(args)).lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    for json in &lines {
+        let flat = json.as_object().unwrap().values().all(|v| !v.is_object() && !v.is_array());
+        assert!(flat, "{json}");
     }
-    assert_eq!(json["threads"], 1);
-    let args = args!["bench", tiny(), "-p", "0", "-n", "1", "-r", "1", "--json"];
-    let json: Json = serde_json::from_str(&ok(kestrel(args))).unwrap();
-    assert_eq!(json["prefill_tok_s"], Json::Null, "nothing measured is no figure");
+    lines
+}
+
+#[test]
+fn bench_prints_flat_json_for_each_number_of_threads() {
+    let lines = bench_json(args!["bench", tiny(), "-p", "16", "-n", "4", "-r", "2", "--threads", "1,2"]);
+    assert_eq!(lines.iter().map(|j| j["threads"].as_u64().unwrap()).collect::<Vec<_>>(), [1, 2]);
+    for json in &lines {
+        for key in BENCH_FIGURES {
+            let on_linux = key != "rss_anon_bytes" || cfg!(target_os = "linux");
+            assert!(!on_linux || json[key].as_f64().unwrap() > 0.0, "{key}: {json}");
+        }
+        assert!(json["isa"].is_string(), "{json}");
+        let [least, median, most] =
+            ["_min", "", "_max"].map(|end| json[format!("decode_tok_s{end}")].as_f64().unwrap());
+        assert!(least <= median && median <= most, "{json}");
+        // The buffer that the memory is measured on is gone when the model's memory is.
+        assert!(json["rss_anon_bytes"].as_u64().is_none_or(|n| n < 1 << 28), "{json}");
+    }
+}
+
+#[test]
+fn bench_figures_follow_from_the_models_size() {
+    // Tiny model: ssm_in, ssm_x, ssm_dt, ssm_out of each layer, and the output matrix.
+    let inspected: Json = serde_json::from_str(&ok(kestrel(args!["inspect", tiny(), "--json"]))).unwrap();
+    let tensors = inspected["tensors"].as_array().unwrap();
+    let weights = |end: &str| -> f64 {
+        let found = tensors.iter().filter(|t| t["name"].as_str().unwrap().ends_with(end));
+        found
+            .map(|t| t["shape"].as_array().unwrap().iter().map(|n| n.as_f64().unwrap()).product::<f64>())
+            .sum()
+    };
+    let layers: f64 =
+        ["in_proj.weight", "x_proj.weight", "dt_proj.weight", "out_proj.weight"].map(weights).iter().sum();
+    let output = ["lm_head.weight", "embeddings.weight"].map(weights).into_iter().find(|&n| n > 0.0).unwrap();
+    let json =
+        bench_json(args!["bench", tiny(), "-p", "8", "-n", "1", "-r", "1", "--threads", "1"]).remove(0);
+    let gmac_per_token = json["prefill_gmac_s"].as_f64().unwrap() / json["prefill_tok_s"].as_f64().unwrap();
+    let expected = (layers + output / 8.0) / 1e9;
+    assert!((gmac_per_token / expected - 1.0).abs() < 1e-9, "{gmac_per_token} {expected}");
+}
+
+#[test]
+fn bench_leaves_out_what_was_not_measured() {
+    let json =
+        bench_json(args!["bench", tiny(), "-p", "0", "-n", "1", "-r", "1", "--depth", "3", "--threads", "1"])
+            .remove(0);
+    for key in ["prefill_tok_s", "prefill_gmac_s"] {
+        assert_eq!(json[key], Json::Null, "{json}");
+    }
+    assert!(json["decode_tok_s"].as_f64().unwrap() > 0.0);
+    assert_eq!(json["depth"], 3);
+    let table = ok(kestrel(args!["bench", tiny(), "-p", "2", "-n", "0", "-r", "1", "--threads", "1"]));
+    for shown in ["threads: 1", "int8 peak, GMAC/s", "prefill of 2, tok/s", "RssAnon at most"] {
+        assert!(table.contains(shown), "{table}");
+    }
+    let decode = table.lines().find(|l| l.contains("decode of 0")).unwrap();
+    assert!(decode.ends_with('-'), "{table}");
 }
 
 #[test]

@@ -14,9 +14,11 @@ pub mod session;
 pub mod state;
 pub mod text_stream;
 pub mod tokenizer;
+mod work;
 
 pub use batch::Batch;
 pub use forward::{Runner, RunnerOptions};
 pub use load::LoadOptions;
 pub use model::Model;
 pub use state::State;
+pub use work::Work;

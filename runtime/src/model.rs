@@ -131,6 +131,11 @@ impl Layer {
             ssm_out: source.matrix(Role::SsmOut, i)?,
         })
     }
+
+    /// The small tensors.
+    pub(crate) fn floats(&self) -> [&Floats; 6] {
+        [&self.attn_norm, &self.conv_weight, &self.conv_bias, &self.dt_bias, &self.a, &self.d]
+    }
 }
 
 /// From tensors that no quantization changes: the final norm, and each layer's norm and step bias.

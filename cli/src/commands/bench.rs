@@ -1,25 +1,37 @@
-//! `kestrel bench`: how fast a model reads and writes on this machine.
+//! `kestrel bench`: how fast a model reads and writes on this machine, and how close that is to what the machine can do.
 
+use crate::args::ThreadCounts;
 use crate::failure::Outcome;
 use crate::model::ModelArgs;
 use crate::output::{self, Table};
+use crate::progress::Steps;
 use clap::Args;
 use kestrel_formats::Result;
+use kestrel_runtime::Work;
+use kestrel_runtime::kernels::peak::{Limits, READ_BYTES};
 use kestrel_runtime::session::Session;
 use serde_json::{Value as Json, json};
 use std::time::Instant;
 
-/// Measure prefill and decode speed
+/// Measure prefill and decode speed beside the machine's own limits
 ///
-/// Each figure is the median over the repeats. Tokens are pseudo-random, the same in every run.
+/// The limits are the rate of reading memory and the peak rates of the int8 dot product and of f32 multiply-adds, with
+/// the same instruction set and threads. Each figure is the median over the repeats. Tokens are pseudo-random, the same
+/// in every run.
 #[derive(Args)]
 #[command(after_help = "\
 Example:
   kestrel bench falcon.gguf -p 512 -n 64 -r 3
-  KESTREL_ISA=avx2 kestrel bench falcon.gguf --threads 1 --json")]
+  kestrel bench falcon.gguf --depth 8192 --threads 1,2
+  KESTREL_ISA=avx2 kestrel bench falcon.gguf --threads 1 --json
+
+Figures:
+  GB/s     bytes of weights that a decoded token touches, and of the state, read and written
+  GMAC/s   multiply-adds of the matrices; prefill computes the output matrix for its last token only
+  RssAnon  the most memory that is not the mapped file, beside the measurement of the limits")]
 pub struct BenchArgs {
     #[command(flatten)]
-    model: ModelArgs,
+    model: ModelArgs<ThreadCounts>,
 
     /// Tokens to read at once
     #[arg(short, long = "n-prompt", value_name = "N", default_value_t = 512, value_parser = count(0))]
@@ -29,11 +41,15 @@ pub struct BenchArgs {
     #[arg(short, long = "n-tokens", value_name = "N", default_value_t = 64, value_parser = count(0))]
     n_tokens: u32,
 
+    /// Tokens to consume before anything is timed
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = count(0))]
+    depth: u32,
+
     /// How often
     #[arg(short, long, value_name = "N", default_value_t = 3, value_parser = count(1))]
     repeats: u32,
 
-    /// Print one flat JSON object
+    /// Print one flat JSON object for each number of threads, on a line
     #[arg(long)]
     json: bool,
 }
@@ -43,49 +59,188 @@ fn count(least: i64) -> clap::builder::RangedI64ValueParser<u32> {
 }
 
 pub fn run(args: &BenchArgs) -> Outcome {
-    let started = Instant::now();
-    let model = args.model.open()?;
-    let open_ms = started.elapsed().as_secs_f64() * 1e3;
-    let mut session = args.model.session(&model)?;
-    let mut tokens = Tokens { state: 1, vocab: model.hparams().vocab_size as u64 };
-    session.prefill(&[tokens.next()])?;
-    let first_token_ms = started.elapsed().as_secs_f64() * 1e3;
+    let thread_counts = args.model.threads.get();
+    let steps = Steps::new(thread_counts.len() * (3 + 2 * args.repeats as usize));
+    let runs: Vec<Measured> =
+        thread_counts.into_iter().map(|n| Measured::new(args, n, &steps)).collect::<Result<_>>()?;
+    drop(steps);
+    match args.json {
+        true => runs.iter().try_for_each(|run| output::json(&run.to_json(args))),
+        false => output::text(&table(args, &runs)),
+    }
+}
 
-    let (mut prefill_tok_s, mut decode_tok_s) = (Vec::new(), Vec::new());
-    for repeat in 0..args.repeats {
-        output::note(&format!("repeat {} of {}", repeat + 1, args.repeats));
+/// Everything about one number of threads.
+struct Measured {
+    isa: &'static str,
+    threads: usize,
+    limits: Limits,
+    work: Work,
+    open_ms: f64,
+    first_token_ms: f64,
+    /// Tokens per second, one of each repeat.
+    prefill_tok_s: Vec<f64>,
+    decode_tok_s: Vec<f64>,
+    rss_anon_bytes: Option<u64>,
+    rss_file_bytes: Option<u64>,
+}
+
+impl Measured {
+    fn new(args: &BenchArgs, threads: usize, steps: &Steps) -> Result<Self> {
+        let started = Instant::now();
+        let since_start_ms = || started.elapsed().as_secs_f64() * 1e3;
+        let (model, open_ms) = steps
+            .step("opening the model", || -> Result<_> { Ok((args.model.open()?, since_start_ms())) })?;
+        let mut session = args.model.session_with(&model, threads)?;
+        let mut tokens = Tokens { state: 1, vocab: model.hparams().vocab_size as u64 };
+        session.prefill(&[tokens.next()])?;
+        let first_token_ms = since_start_ms();
+
+        let (isa, threads) = (session.runner().isa(), session.runner().n_threads());
+        let limits = steps.step("the machine's limits", || Limits::measure(isa, threads, read_bytes()))?;
         session.reset();
-        let prompt: Vec<u32> = (0..args.prompt).map(|_| tokens.next()).collect();
-        prefill_tok_s.push(rate(args.prompt, || session.prefill(&prompt))?);
-        decode_tok_s.push(rate(args.n_tokens, || decode(&mut session, &mut tokens, args.n_tokens))?);
+        steps.step(format!("reading {} tokens before", args.depth), || {
+            session.prefill(&tokens.take(args.depth))
+        })?;
+        let start = session.state().clone();
+        let mut run = Self {
+            isa: isa.name(),
+            threads,
+            limits,
+            work: model.work(),
+            open_ms,
+            first_token_ms,
+            prefill_tok_s: Vec::new(),
+            decode_tok_s: Vec::new(),
+            rss_anon_bytes: None,
+            rss_file_bytes: None,
+        };
+        for _ in 0..args.repeats {
+            session.set_state(start.clone())?;
+            let prompt = tokens.take(args.prompt);
+            let prefill =
+                steps.step("reading a prompt", || rate(args.prompt, || session.prefill(&prompt)))?;
+            run.prefill_tok_s.extend(prefill);
+            let decode = steps.step("writing", || {
+                rate(args.n_tokens, || decode(&mut session, &mut tokens, args.n_tokens))
+            })?;
+            run.decode_tok_s.extend(decode);
+            run.rss_anon_bytes = run.rss_anon_bytes.max(kib_line("/proc/self/status", "RssAnon:"));
+            run.rss_file_bytes = run.rss_file_bytes.max(kib_line("/proc/self/status", "RssFile:"));
+        }
+        Ok(run)
     }
-    let runner = session.runner();
-    let results = [
-        ("prefill_tok_s", median(prefill_tok_s)),
-        ("decode_tok_s", median(decode_tok_s)),
-        ("open_ms", json!(open_ms)),
-        ("first_token_ms", json!(first_token_ms)),
-        ("rss_anon_bytes", status_bytes("RssAnon:")),
-        ("rss_file_bytes", status_bytes("RssFile:")),
-        ("state_bytes", json!(session.state().n_bytes())),
-        ("isa", json!(runner.isa().name())),
-        ("threads", json!(runner.n_threads())),
-        ("precise", json!(args.model.precise)),
-        ("n_prompt", json!(args.prompt)),
-        ("n_tokens", json!(args.n_tokens)),
-        ("repeats", json!(args.repeats)),
-        ("model", json!(args.model.path.display().to_string())),
-        ("version", json!(env!("CARGO_PKG_VERSION"))),
+
+    /// Multiply-adds per second while reading.
+    fn prefill_mac_s(&self, n_prompt: u32) -> Option<f64> {
+        let macs = self.work.prefill_macs(n_prompt.into()) as f64 / f64::from(n_prompt);
+        median(&self.prefill_tok_s).map(|tok_s| tok_s * macs)
+    }
+
+    /// Bytes per second while writing.
+    fn decode_bytes_s(&self) -> Option<f64> {
+        median(&self.decode_tok_s).map(|tok_s| tok_s * self.work.step_bytes(1) as f64)
+    }
+
+    fn to_json(&self, args: &BenchArgs) -> Json {
+        let prefill_mac_s = self.prefill_mac_s(args.prompt);
+        let decode_bytes_s = self.decode_bytes_s();
+        let giga = |x: Option<f64>| x.map(|x| x / 1e9);
+        json!({
+            "prefill_tok_s": median(&self.prefill_tok_s),
+            "prefill_tok_s_min": least(&self.prefill_tok_s),
+            "prefill_tok_s_max": most(&self.prefill_tok_s),
+            "prefill_gmac_s": giga(prefill_mac_s),
+            "prefill_int8_share": prefill_mac_s.map(|x| x / self.limits.int8_mac_s),
+            "decode_tok_s": median(&self.decode_tok_s),
+            "decode_tok_s_min": least(&self.decode_tok_s),
+            "decode_tok_s_max": most(&self.decode_tok_s),
+            "decode_gb_s": giga(decode_bytes_s),
+            "decode_read_share": decode_bytes_s.map(|x| x / self.limits.read_bytes_s),
+            "read_gb_s": self.limits.read_bytes_s / 1e9,
+            "int8_peak_gmac_s": self.limits.int8_mac_s / 1e9,
+            "f32_peak_gmac_s": self.limits.f32_mac_s / 1e9,
+            "open_ms": self.open_ms,
+            "first_token_ms": self.first_token_ms,
+            "rss_anon_bytes": self.rss_anon_bytes,
+            "rss_file_bytes": self.rss_file_bytes,
+            "weight_bytes_per_token": self.work.weight_bytes,
+            "state_bytes": self.work.state_bytes / 2,
+            "isa": self.isa,
+            "threads": self.threads,
+            "precise": args.model.precise,
+            "depth": args.depth,
+            "n_prompt": args.prompt,
+            "n_tokens": args.n_tokens,
+            "repeats": args.repeats,
+            "model": args.model.path.display().to_string(),
+            "version": env!("CARGO_PKG_VERSION"),
+        })
+    }
+
+    /// The cells of this run's column.
+    fn cells(&self, args: &BenchArgs) -> [String; 14] {
+        let prefill_mac_s = self.prefill_mac_s(args.prompt);
+        let decode_bytes_s = self.decode_bytes_s();
+        let number = |x: Option<f64>| x.map_or("-".to_owned(), |x| format!("{x:.1}"));
+        let spread = |x: &[f64]| match (median(x), least(x), most(x)) {
+            (Some(median), Some(least), Some(most)) => format!("{median:.2} ({least:.2} to {most:.2})"),
+            _ => "-".to_owned(),
+        };
+        let share = |x: Option<f64>, limit: f64| number(x.map(|x| 100.0 * x / limit));
+        let bytes = |n: Option<u64>| n.map_or("-".to_owned(), output::bytes);
+        [
+            self.isa.to_owned(),
+            number(Some(self.limits.read_bytes_s / 1e9)),
+            number(Some(self.limits.int8_mac_s / 1e9)),
+            number(Some(self.limits.f32_mac_s / 1e9)),
+            spread(&self.prefill_tok_s),
+            number(prefill_mac_s.map(|x| x / 1e9)),
+            share(prefill_mac_s, self.limits.int8_mac_s),
+            spread(&self.decode_tok_s),
+            number(decode_bytes_s.map(|x| x / 1e9)),
+            share(decode_bytes_s, self.limits.read_bytes_s),
+            number(Some(self.first_token_ms)),
+            bytes(self.rss_anon_bytes),
+            bytes(self.rss_file_bytes),
+            bytes(Some(self.work.state_bytes / 2)),
+        ]
+    }
+}
+
+/// One column per number of threads.
+fn table(args: &BenchArgs, runs: &[Measured]) -> String {
+    let headings: Vec<String> = std::iter::once(String::new())
+        .chain(runs.iter().map(|run| format!(">threads: {}", run.threads)))
+        .collect();
+    let names = [
+        "instruction set".to_owned(),
+        "reading memory, GB/s".to_owned(),
+        "int8 peak, GMAC/s".to_owned(),
+        "f32 peak, GMAC/s".to_owned(),
+        format!("prefill of {}, tok/s", args.prompt),
+        "  GMAC/s".to_owned(),
+        "  % of the int8 peak".to_owned(),
+        format!("decode of {}, tok/s", args.n_tokens),
+        "  GB/s".to_owned(),
+        "  % of reading memory".to_owned(),
+        "first token, ms".to_owned(),
+        "RssAnon at most".to_owned(),
+        "RssFile at most".to_owned(),
+        "state".to_owned(),
     ];
-    if args.json {
-        let object = results.into_iter().map(|(key, value)| (key.to_owned(), value)).collect();
-        return output::json(&Json::Object(object));
+    let columns: Vec<_> = runs.iter().map(|run| run.cells(args)).collect();
+    let mut table = Table::new(&headings.iter().map(String::as_str).collect::<Vec<_>>());
+    for (i, name) in names.into_iter().enumerate() {
+        table.row(std::iter::once(name).chain(columns.iter().map(|c| c[i].clone())));
     }
-    let mut table = Table::new(&["figure", ">value"]);
-    for (key, value) in results {
-        table.row([key.to_owned(), show(&value)]);
-    }
-    output::text(&table.to_string())
+    table.to_string()
+}
+
+/// How much memory the rate of reading is measured on: [`READ_BYTES`], or a quarter of what is left if that is less.
+fn read_bytes() -> usize {
+    let available = kib_line("/proc/meminfo", "MemAvailable:").unwrap_or(u64::MAX);
+    (READ_BYTES as u64).min(available / 4) as usize
 }
 
 fn decode(session: &mut Session, tokens: &mut Tokens, n: u32) -> Result<()> {
@@ -103,32 +258,27 @@ fn rate(n_tokens: u32, work: impl FnOnce() -> Result<()>) -> Result<Option<f64>>
     Ok((n_tokens > 0).then(|| f64::from(n_tokens) / seconds.max(1e-9)))
 }
 
-/// The middle one, of an even number the mean of the middle two; null if nothing was measured.
-fn median(figures: Vec<Option<f64>>) -> Json {
-    let mut sorted: Vec<f64> = figures.into_iter().flatten().collect();
+/// The middle one, of an even number the mean of the middle two; none if nothing was measured.
+fn median(figures: &[f64]) -> Option<f64> {
+    let mut sorted = figures.to_vec();
     sorted.sort_by(f64::total_cmp);
-    let at = |i: usize| sorted.get(i).copied();
     let n = sorted.len();
-    match (at(n / 2), at(n.saturating_sub(1) / 2)) {
-        (Some(a), Some(b)) => json!((a + b) / 2.0),
-        _ => Json::Null,
-    }
+    Some((sorted.get(n / 2)? + sorted.get(n.saturating_sub(1) / 2)?) / 2.0)
 }
 
-/// A line of /proc/self/status; null where there is none.
-fn status_bytes(name: &str) -> Json {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix(name));
-    let kib: Option<u64> = line.and_then(|rest| rest.split_whitespace().next()?.parse().ok());
-    json!(kib.map(|k| k * 1024))
+fn least(figures: &[f64]) -> Option<f64> {
+    figures.iter().copied().min_by(f64::total_cmp)
 }
 
-fn show(value: &Json) -> String {
-    match value {
-        Json::String(text) => text.clone(),
-        Json::Number(n) if n.is_f64() => format!("{:.2}", n.as_f64().unwrap_or(f64::NAN)),
-        other => other.to_string(),
-    }
+fn most(figures: &[f64]) -> Option<f64> {
+    figures.iter().copied().max_by(f64::total_cmp)
+}
+
+/// The figure of a line of `NAME: … kB`, in bytes; none where there is no such line.
+fn kib_line(path: &str, name: &str) -> Option<u64> {
+    let text = std::fs::read_to_string(path).ok()?;
+    let rest = text.lines().find_map(|line| line.strip_prefix(name))?;
+    rest.split_whitespace().next()?.parse::<u64>().ok()?.checked_mul(1024)
 }
 
 /// A linear congruential generator (Knuth's MMIX constants): any fixed sequence does.
@@ -143,6 +293,10 @@ impl Tokens {
             self.state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         ((self.state >> 33) % self.vocab.max(1)) as u32
     }
+
+    fn take(&mut self, n: u32) -> Vec<u32> {
+        (0..n).map(|_| self.next()).collect()
+    }
 }
 
 #[cfg(test)]
@@ -151,16 +305,19 @@ mod tests {
 
     #[test]
     fn medians() {
-        assert_eq!(median(vec![Some(3.0), Some(1.0), Some(2.0)]), json!(2.0));
-        assert_eq!(median(vec![Some(3.0), Some(1.0)]), json!(2.0));
-        assert_eq!(median(vec![None]), Json::Null);
+        assert_eq!(median(&[3.0, 1.0, 2.0]), Some(2.0));
+        assert_eq!(median(&[3.0, 1.0]), Some(2.0));
+        assert_eq!(median(&[]), None);
+        assert_eq!((least(&[3.0, 1.0, 2.0]), most(&[3.0, 1.0, 2.0])), (Some(1.0), Some(3.0)));
     }
 
     #[test]
     fn the_process_knows_its_memory() {
         if cfg!(target_os = "linux") {
-            assert!(status_bytes("RssAnon:").as_u64().unwrap() > 0);
+            assert!(kib_line("/proc/self/status", "RssAnon:").unwrap() > 0);
+            assert!(kib_line("/proc/meminfo", "MemAvailable:").unwrap() > 1 << 20);
         }
-        assert_eq!(status_bytes("NoSuchLine:"), Json::Null);
+        assert_eq!(kib_line("/proc/self/status", "NoSuchLine:"), None);
+        assert_eq!(kib_line("/no/such/file", "RssAnon:"), None);
     }
 }

@@ -27,6 +27,7 @@ mod matmul;
 mod memory;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+pub mod peak;
 mod scalar;
 mod table;
 #[cfg(target_arch = "x86_64")]

@@ -1,0 +1,343 @@
+//! What the machine can do at most: the figures that a kernel's speed is a share of.
+//!
+//! A peak is a loop of nothing but the instruction in question, with more independent sums than its latency needs, and
+//! a result that is known and checked. Reading is several streams per thread over a buffer that no cache holds. Every
+//! figure is the best of several runs: what disturbs a run only makes it slower.
+
+#![allow(unsafe_op_in_unsafe_fn)] // unsafe for the instruction set alone
+
+use super::isa::Isa;
+use super::lanes::Lanes;
+use super::memory::LANES;
+use super::scalar::Scalar;
+use crate::pool::Pool;
+use kestrel_formats::{Error, ErrorKind, Result};
+use memmap2::MmapMut;
+use std::hint::black_box;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// What a machine can do at most with some instruction set and number of threads.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Limits {
+    /// Bytes per second read from memory.
+    pub read_bytes_s: f64,
+    /// Multiply-adds of int8 per second.
+    pub int8_mac_s: f64,
+    /// Multiply-adds of f32 per second.
+    pub f32_mac_s: f64,
+}
+
+impl Limits {
+    /// Measures for some seconds. `read_bytes` is the size of what is read: [`READ_BYTES`], or less where memory is
+    /// short. Errors: `Limit` if there is no such memory.
+    pub fn measure(isa: Isa, n_threads: usize, read_bytes: usize) -> Result<Self> {
+        let mut pool = Pool::new(n_threads);
+        let loops = Loops::of(isa);
+        Ok(Self {
+            read_bytes_s: read_bytes_s(&mut pool, &touched(read_bytes)?),
+            int8_mac_s: loops.int8.mac_s(&mut pool),
+            f32_mac_s: loops.f32.mac_s(&mut pool),
+        })
+    }
+}
+
+/// Bytes of a buffer that measures memory and not a cache. The largest last-level caches hold some hundred MiB; some
+/// keep a part of a buffer that is read round and round although it does not fit, which counts for little at several
+/// times their size.
+pub const READ_BYTES: usize = 2 << 30;
+
+/// Memory in large pages, where the system has them: with small ones the limit is the page tables. Every page is
+/// written, since untouched ones are all the same page.
+fn touched(n_bytes: usize) -> Result<MmapMut> {
+    let mut buffer = MmapMut::map_anon(n_bytes).map_err(|e| {
+        Error::new(ErrorKind::Limit)
+            .what("memory to measure its speed")
+            .expected(format!("{n_bytes} bytes"))
+            .found(e)
+    })?;
+    #[cfg(target_os = "linux")]
+    let _ = buffer.advise(memmap2::Advice::HugePage);
+    buffer.fill(1);
+    Ok(buffer)
+}
+
+/// How long one run takes at least.
+const RUN: Duration = Duration::from_millis(30);
+/// Runs of which the best counts.
+const RUNS: usize = 5;
+
+/// A loop of multiply-adds.
+struct Loop {
+    /// Runs rounds and returns the sum of all its sums.
+    run: unsafe fn(usize) -> f64,
+    /// Multiply-adds of a round.
+    macs: usize,
+    /// What `run` returns after so many multiply-adds.
+    expected: fn(usize) -> f64,
+}
+
+/// The loops of an instruction set.
+struct Loops {
+    int8: Loop,
+    f32: Loop,
+}
+
+impl Loops {
+    /// Of `isa`, or of [`Isa::Scalar`] if this machine lacks it.
+    fn of(isa: Isa) -> Self {
+        match isa {
+            _ if !isa.supported() => Self::of(Isa::Scalar),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => x86::AVX512,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => x86::AVX2,
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => neon::NEON,
+            _ => SCALAR,
+        }
+    }
+}
+
+impl Loop {
+    /// An int8 loop whose products are all [`A`]·[`B`].
+    const fn int8(run: unsafe fn(usize) -> f64, macs: usize) -> Self {
+        Self { run, macs, expected: |macs| (macs as i32).wrapping_mul(A * B).into() }
+    }
+
+    /// The loop [`fma`].
+    const fn f32<L: Lanes>(run: unsafe fn(usize) -> f64) -> Self {
+        Self { run, macs: L::TILE_TOKENS * LANES, expected: |_| (2 * L::TILE_TOKENS * LANES) as f64 }
+    }
+
+    /// Multiply-adds per second of all workers together.
+    fn mac_s(&self, pool: &mut Pool) -> f64 {
+        let mut rounds = 1 << 10;
+        let mut time = |rounds: usize| {
+            let started = Instant::now();
+            pool.run(|_| {
+                // SAFETY: `Loops::of` gives a loop only where its instruction set is present.
+                let sum = unsafe { (self.run)(black_box(rounds)) };
+                assert!(sum == (self.expected)(rounds.wrapping_mul(self.macs)), "a peak loop computes {sum}");
+            });
+            started.elapsed()
+        };
+        while time(rounds) < RUN {
+            rounds *= 2;
+        }
+        let best = (0..RUNS).map(|_| time(rounds)).min().unwrap_or(RUN);
+        (rounds * self.macs * pool.n_workers()) as f64 / best.as_secs_f64()
+    }
+}
+
+/// The factors of the int8 loops.
+const A: i32 = 3;
+const B: i32 = 5;
+
+const SCALAR: Loops = Loops { int8: Loop::int8(scalar_int8, 256), f32: Loop::f32::<Scalar>(fma::<Scalar>) };
+
+/// Products as the compiler makes them.
+fn scalar_int8(rounds: usize) -> f64 {
+    let (a, b) = ([A as i8; 256], [B as i8; 256]);
+    let mut sum = 0i32;
+    for _ in 0..rounds {
+        let (a, b) = (black_box(&a), black_box(&b));
+        sum = a.iter().zip(b).fold(sum, |sum, (&a, &b)| sum.wrapping_add(i32::from(a) * i32::from(b)));
+    }
+    sum.into()
+}
+
+/// x := x/2 + 1 in as many sums as a register tile has; all are 2 after 25 rounds.
+#[inline(always)]
+unsafe fn fma<L: Lanes>(rounds: usize) -> f64 {
+    match L::TILE_TOKENS {
+        12 => fma_sums::<L, 12>(rounds),
+        6 => fma_sums::<L, 6>(rounds),
+        _ => fma_sums::<L, 4>(rounds),
+    }
+}
+
+#[inline(always)]
+unsafe fn fma_sums<L: Lanes, const N: usize>(rounds: usize) -> f64 {
+    let (half, one) = (L::splat(black_box(0.5)), L::splat(black_box(1.0)));
+    let mut sums = [L::splat(0.0); N];
+    for _ in 0..rounds {
+        for sum in &mut sums {
+            *sum = sum.mul_add(half, one);
+        }
+    }
+    sums.into_iter().map(|s| f64::from(s.sum())).sum()
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::{A, B, Loop, Loops, fma};
+    use crate::kernels::x86::{avx2::Avx2, avx512::Avx512};
+    use std::arch::asm;
+    use std::arch::x86_64::*;
+    use std::hint::black_box;
+
+    pub const AVX512: Loops =
+        Loops { int8: Loop::int8(avx512_int8, 16 * 64), f32: Loop::f32::<Avx512>(avx512_f32) };
+    pub const AVX2: Loops = Loops { int8: Loop::int8(avx2_int8, 8 * 32), f32: Loop::f32::<Avx2>(avx2_f32) };
+
+    /// vpdpbusd, whose latency is 4 to 5 on two ports at most, in 16 sums.
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
+    unsafe fn avx512_int8(rounds: usize) -> f64 {
+        let (a, b) = (_mm512_set1_epi8(black_box(A as i8)), _mm512_set1_epi8(black_box(B as i8)));
+        let mut sums = [_mm512_setzero_si512(); 16];
+        for _ in 0..rounds {
+            for sum in &mut sums {
+                *sum = _mm512_dpbusd_epi32(*sum, a, b);
+            }
+        }
+        let sum = sums.into_iter().fold(_mm512_setzero_si512(), |a, b| _mm512_add_epi32(a, b));
+        _mm512_reduce_add_epi32(sum).into()
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
+    unsafe fn avx512_f32(rounds: usize) -> f64 {
+        fma::<Avx512>(rounds)
+    }
+
+    /// Eight vpmaddubsw added up in 16 bits, then one vpmaddwd: as much as weights of five bits allow, and more than
+    /// those of eight do.
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn avx2_int8(rounds: usize) -> f64 {
+        let (mut a, b) = (_mm256_set1_epi8(black_box(A as i8)), _mm256_set1_epi8(black_box(B as i8)));
+        let ones = _mm256_set1_epi16(1);
+        let mut sum = _mm256_setzero_si256();
+        for _ in 0..rounds {
+            let mut short = [_mm256_setzero_si256(); 2];
+            for i in 0..8 {
+                // SAFETY: no instruction; the compiler must take the register for changed, or it multiplies once.
+                unsafe { asm!("/* {0} */", inout(ymm_reg) a, options(nomem, nostack, preserves_flags)) };
+                short[i % 2] = _mm256_add_epi16(short[i % 2], _mm256_maddubs_epi16(a, b));
+            }
+            sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_add_epi16(short[0], short[1]), ones));
+        }
+        let mut sums = [0i32; 8];
+        _mm256_storeu_si256(sums.as_mut_ptr().cast(), sum);
+        sums.into_iter().fold(0i32, i32::wrapping_add).into()
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn avx2_f32(rounds: usize) -> f64 {
+        fma::<Avx2>(rounds)
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+mod neon {
+    use super::{A, B, Loop, Loops, fma};
+    use crate::kernels::neon::Neon;
+    use std::arch::aarch64::*;
+    use std::arch::asm;
+    use std::hint::black_box;
+
+    pub const NEON: Loops = Loops { int8: Loop::int8(int8, 16 * 16), f32: Loop::f32::<Neon>(f32) };
+
+    /// sdot in 16 sums.
+    #[target_feature(enable = "neon,dotprod")]
+    unsafe fn int8(rounds: usize) -> f64 {
+        let (a, b) = (vdupq_n_s8(black_box(A as i8)), vdupq_n_s8(black_box(B as i8)));
+        let mut sums = [vdupq_n_s32(0); 16];
+        for _ in 0..rounds {
+            for sum in &mut sums {
+                // SAFETY: the instruction is of this function's set and touches its operands only.
+                unsafe {
+                    asm!("sdot {0:v}.4s, {1:v}.16b, {2:v}.16b", inout(vreg) *sum, in(vreg) a, in(vreg) b,
+                         options(pure, nomem, nostack, preserves_flags));
+                }
+            }
+        }
+        vaddvq_s32(sums.into_iter().fold(vdupq_n_s32(0), |a, b| vaddq_s32(a, b))).into()
+    }
+
+    #[target_feature(enable = "neon,dotprod")]
+    unsafe fn f32(rounds: usize) -> f64 {
+        fma::<Neon>(rounds)
+    }
+}
+
+/// A line of memory on most machines.
+type Line = [u8; 64];
+
+/// Bytes per second that all workers read together, each its own part of `buffer`, in as many streams as serve best.
+fn read_bytes_s(pool: &mut Pool, buffer: &[u8]) -> f64 {
+    let (lines, _) = buffer.as_chunks::<64>();
+    let n_workers = pool.n_workers();
+    let expected = sum_lines::<1>(lines);
+    let mut best = Duration::MAX;
+    for sum_lines in [sum_lines::<1>, sum_lines::<2>, sum_lines::<4>, sum_lines::<8>] {
+        for _ in 0..RUNS.div_ceil(2) {
+            let sum = AtomicU64::new(0);
+            let started = Instant::now();
+            pool.run(|w| {
+                let part = &lines[lines.len() * w / n_workers..lines.len() * (w + 1) / n_workers];
+                sum.fetch_add(sum_lines(part), Ordering::Relaxed);
+            });
+            best = best.min(started.elapsed());
+            assert!(sum.into_inner() == expected, "every line is read once");
+        }
+    }
+    size_of_val(lines) as f64 / best.as_secs_f64().max(1e-9)
+}
+
+/// The sum of all 8-byte words (wrapping), read in `S` streams.
+fn sum_lines<const S: usize>(lines: &[Line]) -> u64 {
+    let stream = lines.len() / S;
+    let mut sums = [[0u64; 8]; S];
+    let mut add = |s: usize, line: &Line| {
+        for (sum, word) in sums[s].iter_mut().zip(line.as_chunks::<8>().0) {
+            *sum = sum.wrapping_add(u64::from_ne_bytes(*word));
+        }
+    };
+    for i in 0..stream {
+        for s in 0..S {
+            add(s, &lines[s * stream + i]);
+        }
+    }
+    for line in &lines[S * stream..] {
+        add(0, line);
+    }
+    sums.as_flattened().iter().fold(0, |a, &b| a.wrapping_add(b))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_instruction_set_has_loops_that_compute_what_they_say() {
+        // The loops check their results themselves.
+        for isa in Isa::all_supported() {
+            for n_threads in [1, 2] {
+                let limits = Limits::measure(isa, n_threads, 1 << 20).unwrap();
+                let all = [limits.read_bytes_s, limits.int8_mac_s, limits.f32_mac_s];
+                assert!(all.into_iter().all(|x| x.is_finite() && x > 1e6), "{isa:?} {n_threads}: {limits:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn memory_that_is_not_there_is_an_error() {
+        let error = Limits::measure(Isa::Scalar, 1, usize::MAX / 2).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Limit, "{error}");
+    }
+
+    #[test]
+    #[should_panic(expected = "a peak loop computes")]
+    fn a_wrong_result_is_found() {
+        let wrong = Loop { expected: |_| 1.0, ..SCALAR.int8 };
+        wrong.mac_s(&mut Pool::new(1));
+    }
+
+    #[test]
+    fn streams_read_every_line_once() {
+        let lines: Vec<Line> = (0..37).map(|i| [i; 64]).collect();
+        let expected = sum_lines::<1>(&lines);
+        assert_eq!(expected, (0..37).map(|i| 8 * u64::from_ne_bytes([i; 8])).fold(0, u64::wrapping_add));
+        assert_eq!([sum_lines::<2>(&lines), sum_lines::<4>(&lines), sum_lines::<8>(&lines)], [expected; 3]);
+    }
+}
