@@ -10,7 +10,7 @@
 
 use kestrel_formats::GgmlType;
 
-use super::{Codec, expand, f16_at, for_each_block, put_f16, quantize_blocks};
+use super::{Format, blocks, expand, f16_at, for_each_block, put_f16};
 use crate::scale_search::{affine, grid, signed};
 
 /// Weights in a block.
@@ -31,11 +31,13 @@ pub const Q4_1_QS: usize = 4;
 pub const Q4_0_BIAS: u8 = 8;
 
 /// Nibbles of 16 bytes in row order: the low ones, then the high ones.
+#[inline(always)]
 pub fn nibbles(qs: &[u8; 16]) -> [u8; LEN] {
     std::array::from_fn(|i| if i < 16 { qs[i] & 15 } else { qs[i - 16] >> 4 })
 }
 
 /// The inverse of [`nibbles`].
+#[inline(always)]
 pub fn pack_nibbles(codes: &[u8; LEN]) -> [u8; 16] {
     std::array::from_fn(|i| codes[i] | codes[i + 16] << 4)
 }
@@ -60,23 +62,24 @@ pub struct Q4_0;
 /// The codec of Q4_1.
 pub struct Q4_1;
 
-impl Codec for Q4_0 {
-    fn ggml_type(&self) -> GgmlType {
-        GgmlType::Q4_0
-    }
+impl Format for Q4_0 {
+    const TYPE: GgmlType = GgmlType::Q4_0;
 
     /// Byte-identical to ggml without importance.
-    fn quantize(&self, src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
+    #[inline(always)]
+    fn quantize<const L: usize>(src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
         let pack = |d: f32, codes: &[u8; LEN], out: &mut [u8; Q4_0_BYTES]| {
             put_f16(out, D, d);
             out[Q4_0_QS..].copy_from_slice(&pack_nibbles(codes));
         };
         match importance {
-            None => quantize_blocks(src, None, dst, |x, _, out| {
-                let (d, codes) = round_signed(x, 8.0);
-                pack(d, &codes, out);
-            }),
-            Some(w) => signed::quantize_single::<grid::Integers<8>, LEN, Q4_0_BYTES>(
+            None => {
+                for (x, out) in blocks(src, dst) {
+                    let (d, codes) = round_signed(x, 8.0);
+                    pack(d, &codes, out);
+                }
+            }
+            Some(w) => signed::quantize_single::<grid::Integers<8>, LEN, Q4_0_BYTES, L>(
                 src,
                 Some(w),
                 dst,
@@ -87,7 +90,8 @@ impl Codec for Q4_0 {
         }
     }
 
-    fn dequantize(&self, src: &[u8], dst: &mut [f32]) {
+    #[inline(always)]
+    fn dequantize(src: &[u8], dst: &mut [f32]) {
         for_each_block(src, dst, |b: &[u8; Q4_0_BYTES], out| {
             let d = f16_at(b, D);
             expand::<LEN, LEN>(&q4_0_codes(b), |_| (d, 0.0), out);
@@ -95,31 +99,33 @@ impl Codec for Q4_0 {
     }
 }
 
-impl Codec for Q4_1 {
-    fn ggml_type(&self) -> GgmlType {
-        GgmlType::Q4_1
-    }
+impl Format for Q4_1 {
+    const TYPE: GgmlType = GgmlType::Q4_1;
 
     /// Byte-identical to ggml without importance.
-    fn quantize(&self, src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
+    #[inline(always)]
+    fn quantize<const L: usize>(src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
         let pack = |d: f32, m: f32, codes: &[u8; LEN], out: &mut [u8; Q4_1_BYTES]| {
             put_f16(out, D, d);
             put_f16(out, M, m);
             out[Q4_1_QS..].copy_from_slice(&pack_nibbles(codes));
         };
         match importance {
-            None => quantize_blocks(src, None, dst, |x, _, out| {
-                let (d, m, codes) = round_affine(x, 15);
-                pack(d, m, &codes, out);
-            }),
+            None => {
+                for (x, out) in blocks(src, dst) {
+                    let (d, m, codes) = round_affine(x, 15);
+                    pack(d, m, &codes, out);
+                }
+            }
             Some(w) => {
                 let search = affine::Search { n_max: 15.0, ..AFFINE_SEARCH };
-                affine::quantize_single::<LEN, Q4_1_BYTES>(src, w, dst, &search, pack);
+                affine::quantize_single::<LEN, Q4_1_BYTES, L>(src, w, dst, &search, pack);
             }
         }
     }
 
-    fn dequantize(&self, src: &[u8], dst: &mut [f32]) {
+    #[inline(always)]
+    fn dequantize(src: &[u8], dst: &mut [f32]) {
         for_each_block(src, dst, |b: &[u8; Q4_1_BYTES], out| {
             let (d, m) = (f16_at(b, D), f16_at(b, M));
             expand::<LEN, LEN>(&q4_1_codes(b), |_| (d, -m), out);
@@ -136,6 +142,7 @@ pub(super) const AFFINE_SEARCH: affine::Search =
 
 /// ggml's rounding for Q4_0 and Q5_0: the weight of the largest magnitude becomes the code `-half` exactly. The codes
 /// returned have `half` added.
+#[inline(always)]
 pub(super) fn round_signed(x: &[f32; LEN], half: f32) -> (f32, [u8; LEN]) {
     let peak = x.iter().fold(0f32, |m, v| if v.abs() > m.abs() { *v } else { m });
     let d = peak / -half;
@@ -145,6 +152,7 @@ pub(super) fn round_signed(x: &[f32; LEN], half: f32) -> (f32, [u8; LEN]) {
 }
 
 /// ggml's rounding for Q4_1 and Q5_1: the smallest weight becomes code 0, the largest `n_max`. Returns d, m, codes.
+#[inline(always)]
 pub(super) fn round_affine(x: &[f32; LEN], n_max: u8) -> (f32, f32, [u8; LEN]) {
     let lo = x.iter().fold(f32::MAX, |m, v| if *v < m { *v } else { m });
     let hi = x.iter().fold(f32::MIN, |m, v| if *v > m { *v } else { m });

@@ -7,7 +7,7 @@
 
 use kestrel_formats::GgmlType;
 
-use super::{Codec, expand, f16_at, for_each_block, put_f16, quantize_blocks};
+use super::{Format, blocks, expand, f16_at, for_each_block, put_f16};
 
 /// Weights in a block.
 pub const LEN: usize = 32;
@@ -26,14 +26,13 @@ pub fn codes(block: &[u8; BYTES]) -> [i8; LEN] {
 /// The codec of Q8_0.
 pub struct Q8_0;
 
-impl Codec for Q8_0 {
-    fn ggml_type(&self) -> GgmlType {
-        GgmlType::Q8_0
-    }
+impl Format for Q8_0 {
+    const TYPE: GgmlType = GgmlType::Q8_0;
 
     /// Byte-identical to ggml, which also ignores the importance here.
-    fn quantize(&self, src: &[f32], _importance: Option<&[f32]>, dst: &mut [u8]) {
-        quantize_blocks(src, None, dst, |x: &[f32; LEN], _, out: &mut [u8; BYTES]| {
+    #[inline(always)]
+    fn quantize<const L: usize>(src: &[f32], _importance: Option<&[f32]>, dst: &mut [u8]) {
+        for (x, out) in blocks::<LEN, BYTES>(src, dst) {
             let amax = x.iter().fold(0f32, |m, v| if v.abs() > m { v.abs() } else { m });
             let d = amax / 127.0;
             let inverse = if d != 0.0 { 1.0 / d } else { 0.0 };
@@ -41,10 +40,11 @@ impl Codec for Q8_0 {
             for (q, v) in out[QS..].iter_mut().zip(x) {
                 *q = round_half_away(v * inverse) as i8 as u8;
             }
-        });
+        }
     }
 
-    fn dequantize(&self, src: &[u8], dst: &mut [f32]) {
+    #[inline(always)]
+    fn dequantize(src: &[u8], dst: &mut [f32]) {
         for_each_block(src, dst, |b: &[u8; BYTES], out| {
             let d = f16_at(b, D);
             expand::<LEN, LEN>(&codes(b), |_| (d, 0.0), out);
@@ -53,6 +53,7 @@ impl Codec for Q8_0 {
 }
 
 /// `x.round()` for |x| < 2^22, in operations that vectorise: rounds to even, then undoes the even tie.
+#[inline(always)]
 fn round_half_away(x: f32) -> f32 {
     const MAGIC: f32 = 12_582_912.0; // 1.5 * 2^23
     let a = x.abs();

@@ -1,23 +1,37 @@
 //! The search for block scales: which scale (and offset) makes rounded codes come closest to the weights.
 //!
-//! All sub-blocks of a block are searched side by side, one per lane, so that every sum is a vertical one. The
-//! arithmetic is plain f32 in a fixed order, hence the same bits on every machine; lanes never mix, hence the same
-//! bits however many blocks are quantized together.
+//! Blocks are searched side by side, one per lane, so that every sum is a vertical one. The arithmetic is plain f32 in
+//! a fixed order and lanes never mix, hence the same bits on every machine, however many blocks go together.
+//!
+//! Everything here is `#[inline(always)]`, so that it is compiled with the features of [`crate::isa`]'s functions.
 
 pub mod affine;
 pub mod grid;
 pub mod signed;
 
-/// One number per lane.
+/// One number per block.
 pub type Lanes<const L: usize> = [f32; L];
 
 /// Ranges of weights smaller than this are taken as zero: no f16 scale could express them.
 const TINY: f32 = 1e-15;
 
-/// `L` sub-blocks of `N` weights, transposed: `x[i][lane]`, with the weight of each squared error in `w`.
-pub struct Tile<const N: usize, const L: usize> {
+/// A sub-block of `N` weights of each of `L` blocks: `x[i][lane]`, with the weight of each squared error in `w`.
+#[derive(Clone, Copy)]
+pub struct Sub<const N: usize, const L: usize> {
     x: [Lanes<L>; N],
     w: [Lanes<L>; N],
+}
+
+/// `L` blocks of `S` sub-blocks of `N` weights.
+pub struct Tile<const N: usize, const S: usize, const L: usize>([Sub<N, L>; S]);
+
+/// The importance of the weights of successive blocks: rows of a matrix have the same columns, so it repeats.
+#[derive(Clone, Copy)]
+pub struct Importance<'a, const LEN: usize> {
+    /// Importance of the columns of a row, cut into blocks.
+    pub row: &'a [[f32; LEN]],
+    /// The first block's place in its row.
+    pub first: usize,
 }
 
 /// How much each squared error counts.
@@ -26,36 +40,86 @@ pub struct Tile<const N: usize, const L: usize> {
 /// which is hard on small weights: here a part of the sub-block's mean is added. The error in ggml's own measure is still
 /// smaller than ggml's, the plain one too, and it is the plain one that the divergence of a model follows.
 #[derive(Clone, Copy)]
-pub enum ErrorWeight<'a> {
+pub enum ErrorWeight {
     /// `|x|` plus this share of the root mean square of the sub-block. ggml has 1 for Q4_K and Q5_K, 0 for Q2_K.
     Abs(f32),
     /// `x^2` plus the mean square of the sub-block.
     Square,
-    /// `importance * sqrt(sigma2 + x^2)`, importance in row order.
-    Importance(&'a [f32], f32),
+    /// `importance * sqrt(sigma2 + x^2)`, where `sigma2` is this many times the mean square of the block.
+    Importance(f32),
+    /// `importance * sqrt(sigma2 + x^2)`.
+    ImportanceSigma2(f32),
     /// The importance alone.
-    ImportanceOnly(&'a [f32]),
+    ImportanceOnly,
 }
 
-impl<const N: usize, const L: usize> Tile<N, L> {
-    /// Transposes `x`, sub-blocks one after the other; lanes beyond its end are zero.
-    pub fn new(x: &[f32], weight: ErrorWeight) -> Self {
-        let mut tile = Self { x: [[0.0; L]; N], w: [[0.0; L]; N] };
-        for (lane, sub) in x.as_chunks::<N>().0.iter().take(L).enumerate() {
-            let mean_square = mean_square(sub);
-            let rms = mean_square.sqrt();
-            for (i, &v) in sub.iter().enumerate() {
-                tile.x[i][lane] = v;
-                tile.w[i][lane] = match weight {
-                    ErrorWeight::Abs(share) => v.abs() + share * rms,
-                    ErrorWeight::Square => v * v + mean_square,
-                    ErrorWeight::Importance(q, sigma2) => q[lane * N + i] * (sigma2 + v * v).sqrt(),
-                    ErrorWeight::ImportanceOnly(q) => q[lane * N + i],
-                };
+impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
+    /// Transposes up to `L` blocks; further lanes are zero.
+    #[inline(always)]
+    pub fn new<const LEN: usize>(
+        blocks: &[[f32; LEN]],
+        importance: Option<Importance<LEN>>,
+        weight: ErrorWeight,
+    ) -> Self {
+        const { assert!(LEN == N * S, "a block is its sub-blocks") };
+        let mut tile = Self([Sub { x: [[0.0; L]; N], w: [[0.0; L]; N] }; S]);
+        for (lane, block) in blocks.iter().take(L).enumerate() {
+            for (sub, x) in tile.0.iter_mut().zip(block.as_chunks::<N>().0) {
+                for (to, v) in sub.x.iter_mut().zip(x) {
+                    to[lane] = *v;
+                }
+            }
+            let Some(importance) = importance else { continue };
+            let importance = &importance.row[(importance.first + lane) % importance.row.len()];
+            for (sub, w) in tile.0.iter_mut().zip(importance.as_chunks::<N>().0) {
+                for (to, v) in sub.w.iter_mut().zip(w) {
+                    to[lane] = *v;
+                }
             }
         }
+        tile.weigh(weight);
         tile
     }
+
+    /// Sets the weights of the errors; the importance, where there is one, is in their place.
+    #[inline(always)]
+    fn weigh(&mut self, weight: ErrorWeight) {
+        let sigma2 = match weight {
+            ErrorWeight::Importance(factor) => {
+                mean_squares(self.0.iter().flat_map(|sub| &sub.x)).map(|m| factor * m)
+            }
+            ErrorWeight::ImportanceSigma2(sigma2) => [sigma2; L],
+            _ => [0.0; L],
+        };
+        for Sub { x, w } in &mut self.0 {
+            let mean_square = mean_squares(x.iter());
+            for (x, w) in x.iter().zip(w) {
+                for l in 0..L {
+                    w[l] = match weight {
+                        ErrorWeight::Abs(share) => x[l].abs() + share * mean_square[l].sqrt(),
+                        ErrorWeight::Square => x[l] * x[l] + mean_square[l],
+                        ErrorWeight::Importance(_) | ErrorWeight::ImportanceSigma2(_) => {
+                            w[l] * (sigma2[l] + x[l] * x[l]).sqrt()
+                        }
+                        ErrorWeight::ImportanceOnly => w[l],
+                    };
+                }
+            }
+        }
+    }
+}
+
+/// Mean square of each lane, summed in order.
+#[inline(always)]
+fn mean_squares<'a, const L: usize>(x: impl Iterator<Item = &'a Lanes<L>>) -> Lanes<L> {
+    let (mut sum, mut n) = ([0.0; L], 0);
+    for x in x {
+        for l in 0..L {
+            sum[l] += x[l] * x[l];
+        }
+        n += 1;
+    }
+    sum.map(|s| s / n as f32)
 }
 
 /// The nearest integer, ties to even, for |x| < 2^22; beyond that the number stays as large as it is.
@@ -77,6 +141,7 @@ pub fn limit(x: f32, lo: f32, hi: f32) -> f32 {
 const STARTS: usize = 9;
 
 /// Factor on the first scale of scales for start `k`, where the largest integer is `top`.
+#[inline(always)]
 fn start_factor(k: usize, top: f32) -> f32 {
     1.0 + 0.5 * k as f32 / top
 }
@@ -87,35 +152,47 @@ fn inverse<const L: usize>(x: &Lanes<L>) -> Lanes<L> {
     x.map(|v| if v != 0.0 { 1.0 / v } else { 0.0 })
 }
 
-/// Each `x / d` as an integer in `lo..=hi`.
-fn integers<const L: usize>(x: &Lanes<L>, d: f32, lo: f32, hi: f32) -> Lanes<L> {
-    let [inverse] = inverse(&[d]);
-    x.map(|v| limit(round(v * inverse), lo, hi))
+/// Each `x * inverse` as an integer in `lo..=hi`.
+#[inline(always)]
+fn integers<const L: usize>(x: &Lanes<L>, inverse: &Lanes<L>, lo: f32, hi: f32) -> Lanes<L> {
+    std::array::from_fn(|l| limit(round(x[l] * inverse[l]), lo, hi))
 }
 
-/// Sum over the lanes, in lane order.
-fn total<const L: usize>(x: &Lanes<L>) -> f32 {
-    x.iter().sum()
-}
-
-/// Blocks of 32 weights that are quantized side by side where each has its own f16 scale.
-const SIDE_BY_SIDE: usize = 8;
-
-/// The error weights for up to [`SIDE_BY_SIDE`] blocks starting at weight `start`, as ggml takes them for types of one
-/// level: importance with the row's mean square, or the square of the weight.
-fn single_level_weight(importance: Option<&[f32]>, start: usize, mean_square: f32) -> ErrorWeight<'_> {
-    match importance {
-        Some(w) => ErrorWeight::Importance(&w[start..], mean_square),
-        None => ErrorWeight::Square,
+/// Adds `b` to `a`.
+#[inline(always)]
+fn add<const L: usize>(a: &mut Lanes<L>, b: &Lanes<L>) {
+    for (a, b) in a.iter_mut().zip(b) {
+        *a += b;
     }
 }
 
+/// Whether `a < b` in any lane.
+#[inline(always)]
+fn any_less<const L: usize>(a: &Lanes<L>, b: &Lanes<L>) -> bool {
+    a.iter().zip(b).fold(false, |any, (a, b)| any | (a < b))
+}
+
+/// Sum over the sub-blocks, in order.
+#[inline(always)]
+fn total<const S: usize, const L: usize>(x: &[Lanes<L>; S]) -> Lanes<L> {
+    let mut sum = [0.0; L];
+    for x in x {
+        add(&mut sum, x);
+    }
+    sum
+}
+
+/// The codes of up to `L` blocks, each in row order.
+pub type Codes<const LEN: usize, const L: usize> = [[u8; LEN]; L];
+
 /// Mean square of a row, summed in a fixed order.
+#[inline(always)]
 pub fn mean_square(x: &[f32]) -> f32 {
     x.iter().map(|v| v * v).sum::<f32>() / x.len().max(1) as f32
 }
 
-/// The nearest f16, as f32.
-pub fn round_f16(x: f32) -> f32 {
-    half::f16::from_bits(crate::codec::f16_bits(x)).to_f32()
+/// The nearest f16 of each lane, as f32.
+#[inline(always)]
+pub fn round_f16<const L: usize>(x: &Lanes<L>) -> Lanes<L> {
+    x.map(|v| crate::codec::f16_to_f32(crate::codec::f16_bits(v)))
 }
