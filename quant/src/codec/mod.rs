@@ -133,6 +133,21 @@ pub fn f16_bits(x: f32) -> u16 {
     (all | bits >> 16 & 0x8000) as u16
 }
 
+/// `f16_to_f32(f16_bits(x))` in fewer steps, all of them f32 and u32, so that lanes stay as wide as they are.
+#[inline(always)]
+pub fn round_f16(x: f32) -> f32 {
+    const SMALLEST_NORMAL: f32 = 1.0 / 16384.0;
+    const LARGEST: f32 = 65504.0;
+    let magnitude = x.abs();
+    let bits = magnitude.to_bits();
+    let normal = f32::from_bits(bits.wrapping_add(0xfff + (bits >> 13 & 1)) & !0x1fff);
+    let subnormal = (magnitude + 0.5) - 0.5;
+    let rounded = if magnitude < SMALLEST_NORMAL { subnormal } else { normal };
+    let rounded = if rounded > LARGEST { f32::INFINITY } else { rounded };
+    let rounded = if magnitude.is_nan() { f32::NAN } else { rounded };
+    f32::from_bits(rounded.to_bits() | x.to_bits() & 0x8000_0000)
+}
+
 /// The f32 of an f16's bits. A NaN becomes a quiet one.
 #[inline(always)]
 pub fn f16_to_f32(bits: u16) -> f32 {
@@ -186,6 +201,25 @@ fn expand<const SUB: usize, const LEN: usize>(
             *o = scale * f32::from(c) - min;
         }
     }
+}
+
+/// The largest of `value(x)`, which must not be below `least`; NaN does not count. Sixteen lanes have a maximum each, for
+/// which the order does not matter, except that of zeros of both signs either may be returned.
+#[inline(always)]
+fn largest<const LEN: usize>(x: &[f32; LEN], least: f32, value: impl Fn(f32) -> f32) -> f32 {
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let mut lanes = [least; 16];
+    for x in x.as_chunks::<16>().0 {
+        for (lane, x) in lanes.iter_mut().zip(x) {
+            *lane = larger(*lane, value(*x));
+        }
+    }
+    for half in [8, 4, 2, 1] {
+        for l in 0..half {
+            lanes[l] = larger(lanes[l], lanes[l + half]);
+        }
+    }
+    lanes[0]
 }
 
 /// Pairs of a block of weights and the bytes that it becomes.

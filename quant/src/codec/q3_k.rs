@@ -13,7 +13,7 @@ use super::q2_k::{pack_two_bits, two_bits};
 use super::{Format, Group, expand, f16_at, for_each_block, groups, put_f16};
 use crate::scale_search::grid::Integers;
 use crate::scale_search::signed::Search;
-use crate::scale_search::{Codes, ErrorWeight, Tile};
+use crate::scale_search::{Codes, ErrorWeight, Tile, low_byte};
 
 /// Weights in a block.
 pub const LEN: usize = 256;
@@ -72,7 +72,7 @@ impl Format for Q3K {
             let tile = Tile::<SUB, { LEN / SUB }, L>::new(x, importance, weight);
             let fitted = tile.signed_blocks::<Integers<4>>(&SEARCH, 32.0);
             let codes: Codes<LEN, L> =
-                tile.signed_block_codes::<Integers<4>, LEN>(&fitted, |g| (g + 4.0) as u8);
+                tile.signed_block_codes::<Integers<4>, LEN>(&fitted, |g| low_byte(g + 4.0));
             for (l, (out, codes)) in out.iter_mut().zip(&codes).enumerate() {
                 for i in 0..32 {
                     out[HMASK + i] = (0..8).fold(0, |bits, k| bits | (codes[32 * k + i] >> 2) << k);

@@ -10,8 +10,8 @@
 
 use kestrel_formats::GgmlType;
 
-use super::{Format, blocks, expand, f16_at, for_each_block, put_f16};
-use crate::scale_search::{affine, grid, signed};
+use super::{Format, blocks, expand, f16_at, for_each_block, largest, put_f16};
+use crate::scale_search::{affine, grid, low_byte, round, signed};
 
 /// Weights in a block.
 pub const LEN: usize = 32;
@@ -84,7 +84,7 @@ impl Format for Q4_0 {
                 Some(w),
                 dst,
                 &SIGNED_SEARCH,
-                |g| (g + f32::from(Q4_0_BIAS)) as u8,
+                |g| low_byte(g + f32::from(Q4_0_BIAS)),
                 pack,
             ),
         }
@@ -113,7 +113,7 @@ impl Format for Q4_1 {
         match importance {
             None => {
                 for (x, out) in blocks(src, dst) {
-                    let (d, m, codes) = round_affine(x, 15);
+                    let (d, m, codes) = round_affine(x, 15.0);
                     pack(d, m, &codes, out);
                 }
             }
@@ -140,23 +140,46 @@ pub(super) const SIGNED_SEARCH: signed::Search = signed::Search { step: 0.1, n: 
 pub(super) const AFFINE_SEARCH: affine::Search =
     affine::Search { n_max: 0.0, first: -0.9, step: 0.05, n: 37, min_not_negative: false };
 
-/// ggml's rounding for Q4_0 and Q5_0: the weight of the largest magnitude becomes the code `-half` exactly. The codes
-/// returned have `half` added.
+/// ggml's rounding for Q4_0 and Q5_0: the (first) weight of the largest magnitude becomes the code `-half` exactly. The
+/// codes returned have `half` added.
 #[inline(always)]
 pub(super) fn round_signed(x: &[f32; LEN], half: f32) -> (f32, [u8; LEN]) {
-    let peak = x.iter().fold(0f32, |m, v| if v.abs() > m.abs() { *v } else { m });
+    let (above, below) = (largest(x, 0.0, |v| v), largest(x, 0.0, |v| -v));
+    let peak = if above > below {
+        above
+    } else if below > above {
+        -below
+    } else {
+        x.iter().fold(0f32, |m, v| if v.abs() > m.abs() { *v } else { m })
+    };
     let d = peak / -half;
     let inverse = if d != 0.0 { 1.0 / d } else { 0.0 };
-    let top = (2.0 * half) as u8 - 1;
-    (d, x.map(|v| ((v * inverse + (half + 0.5)) as u8).min(top)))
+    (d, codes(x, |v| v * inverse + (half + 0.5), 2.0 * half - 1.0))
 }
 
 /// ggml's rounding for Q4_1 and Q5_1: the smallest weight becomes code 0, the largest `n_max`. Returns d, m, codes.
 #[inline(always)]
-pub(super) fn round_affine(x: &[f32; LEN], n_max: u8) -> (f32, f32, [u8; LEN]) {
-    let lo = x.iter().fold(f32::MAX, |m, v| if *v < m { *v } else { m });
-    let hi = x.iter().fold(f32::MIN, |m, v| if *v > m { *v } else { m });
-    let d = (hi - lo) / f32::from(n_max);
+pub(super) fn round_affine(x: &[f32; LEN], n_max: f32) -> (f32, f32, [u8; LEN]) {
+    let lo = -largest(x, f32::MIN, |v| -v);
+    let hi = largest(x, f32::MIN, |v| v);
+    // Of zeros of both signs the first counts.
+    let lo = if lo == 0.0 { x.iter().find(|v| **v == 0.0).copied().unwrap_or(lo) } else { lo };
+    let hi = if hi == lo { lo } else { hi };
+    let d = (hi - lo) / n_max;
     let inverse = if d != 0.0 { 1.0 / d } else { 0.0 };
-    (d, lo, x.map(|v| (((v - lo) * inverse + 0.5) as u8).min(n_max)))
+    (d, lo, codes(x, |v| (v - lo) * inverse + 0.5, n_max))
+}
+
+/// The integer part of `code` of each weight, limited to `0..=top`; 0 for NaN.
+#[inline(always)]
+fn codes(x: &[f32; LEN], code: impl Fn(f32) -> f32, top: f32) -> [u8; LEN] {
+    let mut codes = [0; LEN];
+    for (c, v) in codes.iter_mut().zip(x) {
+        let t = code(*v);
+        let nearest = round(t);
+        let floor = if nearest > t { nearest - 1.0 } else { nearest };
+        let floor = if floor > 0.0 { floor } else { 0.0 };
+        *c = low_byte(if floor < top { floor } else { top });
+    }
+    codes
 }

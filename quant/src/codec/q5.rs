@@ -13,7 +13,7 @@ use kestrel_formats::GgmlType;
 
 use super::q4::{AFFINE_SEARCH, SIGNED_SEARCH, nibbles, pack_nibbles, round_affine, round_signed, tail};
 use super::{Format, blocks, expand, f16_at, for_each_block, put_f16};
-use crate::scale_search::{affine, grid, signed};
+use crate::scale_search::{affine, grid, low_byte, signed};
 
 /// Weights in a block.
 pub const LEN: usize = 32;
@@ -92,7 +92,7 @@ impl Format for Q5_0 {
                 Some(w),
                 dst,
                 &SIGNED_SEARCH,
-                |g| (g + f32::from(Q5_0_BIAS)) as u8,
+                |g| low_byte(g + f32::from(Q5_0_BIAS)),
                 pack,
             ),
         }
@@ -121,7 +121,7 @@ impl Format for Q5_1 {
         match importance {
             None => {
                 for (x, out) in blocks(src, dst) {
-                    let (d, m, codes) = round_affine(x, 31);
+                    let (d, m, codes) = round_affine(x, 31.0);
                     pack(d, m, &codes, out);
                 }
             }

@@ -13,7 +13,7 @@ use super::q2_k::{pack_two_bits, two_bits};
 use super::{Format, Group, expand, f16_at, for_each_block, groups, put_f16};
 use crate::scale_search::grid::Integers;
 use crate::scale_search::signed::Search;
-use crate::scale_search::{Codes, ErrorWeight, Tile};
+use crate::scale_search::{Codes, ErrorWeight, Tile, low_byte};
 
 /// Weights in a block.
 pub const LEN: usize = 256;
@@ -62,7 +62,7 @@ impl Format for Q6K {
             let tile = Tile::<SUB, { LEN / SUB }, L>::new(x, importance, weight);
             let fitted = tile.signed_blocks::<Integers<32>>(&SEARCH, 128.0);
             let codes: Codes<LEN, L> =
-                tile.signed_block_codes::<Integers<32>, LEN>(&fitted, |g| (g + 32.0) as u8);
+                tile.signed_block_codes::<Integers<32>, LEN>(&fitted, |g| low_byte(g + 32.0));
             for (l, (out, codes)) in out.iter_mut().zip(&codes).enumerate() {
                 for (i, byte) in out[..QH].iter_mut().enumerate() {
                     let at = i / 64 * 128 + i % 64;

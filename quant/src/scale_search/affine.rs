@@ -1,8 +1,8 @@
 //! Codes without sign: `weight = scale * code - min`, codes `0 ..= n_max`.
 
 use super::{
-    Codes, ErrorWeight, Lanes, STARTS, Sub, TINY, Tile, add, any_less, integers, inverse, limit, mean_square,
-    round, round_f16, start_factor, total,
+    Codes, ErrorWeight, Lanes, STARTS, Sub, TINY, Tile, add, any_less, integers, inverse, limit, low_byte,
+    map, map2, mean_square, ratio, round, round_f16, start_factor, total,
 };
 use crate::codec::{Group, groups};
 
@@ -89,15 +89,17 @@ impl<const N: usize, const L: usize> Sub<N, L> {
     fn affine_fit(&self, totals: &Totals<L>, search: &Search) -> Fit<L> {
         let (mut lo, hi) = self.range();
         if search.min_not_negative {
-            lo = lo.map(|v| if v < 0.0 { v } else { 0.0 });
+            lo = map(&lo, |v| if v < 0.0 { v } else { 0.0 });
         }
-        let range: Lanes<L> = std::array::from_fn(|l| hi[l] - lo[l]);
+        let range = map2(&hi, &lo, |hi, lo| hi - lo);
         let inverse_of = |k: usize| {
             let t = search.n_max + search.first + search.step * k as f32;
-            range.map(|r| if r > TINY { t / r } else { 0.0 })
+            map(&range, |r| ratio(t, r, TINY))
         };
-        let fit =
-            Fit { scale: range.map(|r| if r > TINY { r / search.n_max } else { 0.0 }), min: lo.map(|v| -v) };
+        let fit = Fit {
+            scale: map(&range, |r| if r > TINY { r / search.n_max } else { 0.0 }),
+            min: map(&lo, |v| -v),
+        };
         let mut best = Best { fit, gain: [f32::NEG_INFINITY; L] };
 
         // First the smallest weight on code 0, so that none falls below it ...
@@ -118,8 +120,9 @@ impl<const N: usize, const L: usize> Sub<N, L> {
         // ... then half a step below.
         for k in 0..search.n {
             let inverse = inverse_of(k);
-            let min = std::array::from_fn(|l| {
-                let min = if inverse[l] > 0.0 { -lo[l] - 0.5 / inverse[l] } else { -lo[l] };
+            let min = map2(&inverse, &lo, |inverse, lo| {
+                let half = 0.5 / inverse;
+                let min = if inverse > 0.0 { -lo - half } else { -lo };
                 if search.min_not_negative && min < 0.0 { 0.0 } else { min }
             });
             best.offer(&self.affine_sums(self.affine_code(&inverse, &min, search.n_max)), totals, search);
@@ -215,7 +218,7 @@ impl<const S: usize, const L: usize> Blocks<S, L> {
 
 #[inline(always)]
 fn fit_of<const L: usize>(d: &Lanes<L>, dmin: &Lanes<L>, sc: &Lanes<L>, m: &Lanes<L>) -> Fit<L> {
-    Fit { scale: std::array::from_fn(|l| d[l] * sc[l]), min: std::array::from_fn(|l| dmin[l] * m[l]) }
+    Fit { scale: map2(d, sc, |d, sc| d * sc), min: map2(dmin, m, |dmin, m| dmin * m) }
 }
 
 impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
@@ -231,7 +234,7 @@ impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
             raise(&mut top_scale, &fits[j].scale);
             raise(&mut top_min, &fits[j].min);
         }
-        let (d, dmin) = (top_scale.map(|v| v / sub_max), top_min.map(|v| v / sub_max));
+        let (d, dmin) = (map(&top_scale, |v| v / sub_max), map(&top_min, |v| v / sub_max));
         let with_d = |blocks: &Blocks<S, L>, d: &Lanes<L>| {
             let mut blocks = Blocks { d: round_f16(d), ..*blocks };
             let inverse = inverse(&blocks.d);
@@ -258,8 +261,8 @@ impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
             let factor = start_factor(k, sub_max);
             // Both trials start from the same blocks.
             let trials = [
-                with_d(&blocks, &d.map(|d| d * factor)),
-                with_dmin(&blocks, &dmin.map(|dmin| dmin * factor)),
+                with_d(&blocks, &map(&d, |d| d * factor)),
+                with_dmin(&blocks, &map(&dmin, |dmin| dmin * factor)),
             ];
             for trial in &trials {
                 self.keep_better(trial, &mut blocks, &mut error, search.n_max);
@@ -320,8 +323,8 @@ impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
         for j in 0..S {
             let (from_sc, from_m) = (blocks.sc[j], blocks.m[j]);
             for (dsc, dm) in STEPS {
-                let sc = from_sc.map(|v| limit(v + dsc, 0.0, sub_max));
-                let m = from_m.map(|v| limit(v + dm, 0.0, sub_max));
+                let sc = map(&from_sc, |v| limit(v + dsc, 0.0, sub_max));
+                let m = map(&from_m, |v| limit(v + dm, 0.0, sub_max));
                 let e = self.0[j].affine_error(&fit_of(&blocks.d, &blocks.dmin, &sc, &m), n_max);
                 for l in 0..L {
                     let better = e[l] < error[j][l];
@@ -382,7 +385,7 @@ impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
             let code = sub.affine_code(&inverse, &min, n_max);
             for i in 0..N {
                 for (l, codes) in codes.iter_mut().enumerate() {
-                    codes[j * N + i] = code(i, l) as u8;
+                    codes[j * N + i] = low_byte(code(i, l));
                 }
             }
         }

@@ -86,7 +86,7 @@ impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
     fn weigh(&mut self, weight: ErrorWeight) {
         let sigma2 = match weight {
             ErrorWeight::Importance(factor) => {
-                mean_squares(self.0.iter().flat_map(|sub| &sub.x)).map(|m| factor * m)
+                map(&mean_squares(self.0.iter().flat_map(|sub| &sub.x)), |m| factor * m)
             }
             ErrorWeight::ImportanceSigma2(sigma2) => [sigma2; L],
             _ => [0.0; L],
@@ -119,14 +119,49 @@ fn mean_squares<'a, const L: usize>(x: impl Iterator<Item = &'a Lanes<L>>) -> La
         }
         n += 1;
     }
-    sum.map(|s| s / n as f32)
+    map(&sum, |s| s / n as f32)
 }
+
+/// `f` of each lane. (The methods of arrays are not always inlined, and are then compiled without the features.)
+#[inline(always)]
+fn map<const L: usize>(x: &Lanes<L>, f: impl Fn(f32) -> f32) -> Lanes<L> {
+    let mut out = [0.0; L];
+    for (out, x) in out.iter_mut().zip(x) {
+        *out = f(*x);
+    }
+    out
+}
+
+/// `f` of each pair of lanes.
+#[inline(always)]
+fn map2<const L: usize>(x: &Lanes<L>, y: &Lanes<L>, f: impl Fn(f32, f32) -> f32) -> Lanes<L> {
+    let mut out = [0.0; L];
+    for (out, (x, y)) in out.iter_mut().zip(x.iter().zip(y)) {
+        *out = f(*x, *y);
+    }
+    out
+}
+
+/// `a / b`, or 0 where `b` is not above `least` in magnitude. Dividing first and choosing then leaves no branch.
+#[inline(always)]
+fn ratio(a: f32, b: f32, least: f32) -> f32 {
+    let ratio = a / b;
+    if b.abs() > least { ratio } else { 0.0 }
+}
+
+/// 1.5 * 2^23: a number with this added has its integer in the low bits.
+const MAGIC: f32 = 12_582_912.0;
 
 /// The nearest integer, ties to even, for |x| < 2^22; beyond that the number stays as large as it is.
 #[inline(always)]
 pub fn round(x: f32) -> f32 {
-    const MAGIC: f32 = 12_582_912.0; // 1.5 * 2^23
     (x + MAGIC) - MAGIC
+}
+
+/// The low byte of an integer. Rust's `as` saturates, which does not vectorise.
+#[inline(always)]
+pub fn low_byte(integer: f32) -> u8 {
+    (integer + MAGIC).to_bits() as u8
 }
 
 /// `x` limited to `lo..=hi` with selects that compile to min and max instructions.
@@ -149,13 +184,16 @@ fn start_factor(k: usize, top: f32) -> f32 {
 /// `1 / x`, or 0 where a scale is 0.
 #[inline(always)]
 fn inverse<const L: usize>(x: &Lanes<L>) -> Lanes<L> {
-    x.map(|v| if v != 0.0 { 1.0 / v } else { 0.0 })
+    map(x, |v| {
+        let inverse = 1.0 / v;
+        if v != 0.0 { inverse } else { 0.0 }
+    })
 }
 
 /// Each `x * inverse` as an integer in `lo..=hi`.
 #[inline(always)]
 fn integers<const L: usize>(x: &Lanes<L>, inverse: &Lanes<L>, lo: f32, hi: f32) -> Lanes<L> {
-    std::array::from_fn(|l| limit(round(x[l] * inverse[l]), lo, hi))
+    map2(x, inverse, |x, inverse| limit(round(x * inverse), lo, hi))
 }
 
 /// Adds `b` to `a`.
@@ -194,5 +232,5 @@ pub fn mean_square(x: &[f32]) -> f32 {
 /// The nearest f16 of each lane, as f32.
 #[inline(always)]
 pub fn round_f16<const L: usize>(x: &Lanes<L>) -> Lanes<L> {
-    x.map(|v| crate::codec::f16_to_f32(crate::codec::f16_bits(v)))
+    map(x, crate::codec::round_f16)
 }

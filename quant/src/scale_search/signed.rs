@@ -2,8 +2,8 @@
 
 use super::grid::Grid;
 use super::{
-    Codes, ErrorWeight, Lanes, STARTS, Sub, TINY, Tile, add, any_less, integers, inverse, limit, mean_square,
-    round_f16, start_factor, total,
+    Codes, ErrorWeight, Lanes, STARTS, Sub, TINY, Tile, add, any_less, integers, inverse, limit, map, map2,
+    mean_square, ratio, round_f16, start_factor, total,
 };
 use crate::codec::{Group, groups};
 
@@ -56,12 +56,12 @@ impl<const N: usize, const L: usize> Sub<N, L> {
                 peak[l] = if x[l].abs() > peak[l].abs() { x[l] } else { peak[l] };
             }
         }
-        let mut best = peak.map(|p| if p.abs() > TINY { p / G::LOW } else { 0.0 });
+        let mut best = map(&peak, |p| if p.abs() > TINY { p / G::LOW } else { 0.0 });
         let mut gain = [0.0; L];
         for edge in [G::LOW, G::HIGH] {
             for k in -search.n..=search.n {
                 let t = edge + search.step * k as f32;
-                let inverse = peak.map(|p| if p.abs() > TINY { t / p } else { 0.0 });
+                let inverse = map(&peak, |p| ratio(t, p, TINY));
                 self.offer::<G>(&inverse, &mut best, &mut gain);
             }
         }
@@ -75,10 +75,10 @@ impl<const N: usize, const L: usize> Sub<N, L> {
         let (wgx, wgg) = self.signed_sums::<G>(inverse);
         for l in 0..L {
             // What the least-squares scale takes away from the sum of w x^2; NaN where all g are 0.
-            let gain = wgx[l] * wgx[l] / wgg[l];
+            let (gain, scale) = (wgx[l] * wgx[l] / wgg[l], wgx[l] / wgg[l]);
             let better = gain > best_gain[l];
             best_gain[l] = if better { gain } else { best_gain[l] };
-            best[l] = if better { wgx[l] / wgg[l] } else { best[l] };
+            best[l] = if better { scale } else { best[l] };
         }
     }
 }
@@ -102,7 +102,7 @@ impl<const S: usize, const L: usize> Blocks<S, L> {
 
 #[inline(always)]
 fn scale_of<const L: usize>(d: &Lanes<L>, sc: &Lanes<L>) -> Lanes<L> {
-    std::array::from_fn(|l| d[l] * sc[l])
+    map2(d, sc, |d, sc| d * sc)
 }
 
 impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
@@ -125,13 +125,13 @@ impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
             }
             blocks
         };
-        let mut blocks = with_d(&peak.map(|p| p / -sub_half));
+        let mut blocks = with_d(&map(&peak, |p| p / -sub_half));
         let mut error = [[0.0; L]; S];
         for j in 0..S {
             error[j] = self.0[j].signed_error::<G>(&blocks.scale(j));
         }
         for k in 1..STARTS {
-            let trial = with_d(&peak.map(|p| p / -sub_half * start_factor(k, sub_half)));
+            let trial = with_d(&map(&peak, |p| p / -sub_half * start_factor(k, sub_half)));
             self.keep_better_signed::<G>(&trial, &mut blocks, &mut error);
         }
         for round in 0..3 {
@@ -146,7 +146,7 @@ impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
                         den[l] += sc[l] * sc[l] * wgg[l];
                     }
                 }
-                let d = std::array::from_fn(|l| num[l] / den[l]);
+                let d = map2(&num, &den, |num, den| num / den);
                 let trial = Blocks { d: round_f16(&d), ..blocks };
                 self.keep_better_signed::<G>(&trial, &mut blocks, &mut error);
             }
@@ -194,7 +194,7 @@ impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
         for j in 0..S {
             let from = blocks.sc[j];
             for step in [-1.0, 1.0, -2.0, 2.0] {
-                let sc = from.map(|v| limit(v + step, -sub_half, sub_half - 1.0));
+                let sc = map(&from, |v| limit(v + step, -sub_half, sub_half - 1.0));
                 let e = self.0[j].signed_error::<G>(&scale_of(&blocks.d, &sc));
                 for l in 0..L {
                     let better = e[l] < error[j][l];
