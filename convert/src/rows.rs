@@ -4,6 +4,7 @@ use crate::input::{Input, InputTensor, row_bytes};
 use crate::stream::Piece;
 use kestrel_formats::arch::Transform;
 use kestrel_formats::{Error, ErrorKind, GgmlType, Result};
+use kestrel_quant::isa::Isa;
 use kestrel_quant::{codec, transform};
 
 /// Weights of one piece, and so what bounds memory: a worker holds a piece's source bytes and its output bytes.
@@ -94,6 +95,7 @@ impl Rows<'_> {
         floats: &mut Vec<f32>,
         importance: Option<&[f32]>,
         dtype: GgmlType,
+        isa: Isa,
         out: &mut Vec<u8>,
     ) -> Result<()> {
         let row_out = row_bytes(dtype, self.tensor.cols()) as usize;
@@ -111,7 +113,7 @@ impl Rows<'_> {
                 dst.copy_from_slice(bytes);
                 return Ok(());
             }
-            codec.quantize(floats, importance, dst);
+            codec.quantize_with(isa, floats, importance, dst);
             self.check_range(first, floats, dtype, dst)
         })
     }

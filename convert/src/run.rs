@@ -128,7 +128,7 @@ fn convert_piece(
     }
     let importance = if target.weighted { importance(options, &target.name, tensor.cols())? } else { None };
     let rows = Rows { input: &plan.input, tensor, piece, bytes };
-    rows.quantize(&mut scratch.floats, importance, target.dtype, &mut scratch.out)?;
+    rows.quantize(&mut scratch.floats, importance, target.dtype, options.isa, &mut scratch.out)?;
     let offset = target.offset + piece.first_row * row_bytes(target.dtype, tensor.cols());
     file.write_at(offset, &scratch.out)?;
     progress.bytes(piece.n_bytes as u64, scratch.out.len() as u64);

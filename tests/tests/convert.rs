@@ -7,6 +7,7 @@ use kestrel_formats::gguf::{Gguf, Value};
 use kestrel_formats::imatrix::Imatrix;
 use kestrel_formats::{Error, ErrorKind, GgmlType, Result};
 use kestrel_quant::codec;
+use kestrel_quant::isa::Isa;
 use kestrel_quant::recipe::{FileType, Recipe};
 use kestrel_tests::random_model::RandomModel;
 use kestrel_tests::temp_dir::TempDir;
@@ -132,7 +133,7 @@ fn every_file_type_converts_verifies_and_has_the_size_of_llama_quantizes() {
 }
 
 #[test]
-fn the_bytes_do_not_depend_on_the_number_of_threads() {
+fn the_bytes_do_not_depend_on_the_number_of_threads_or_the_instruction_set() {
     let dir = TempDir::new();
     for ty in ["q4_k_m", "iq4_xs", "f32"] {
         let outs = [1, 2, 4].map(|threads| {
@@ -141,6 +142,11 @@ fn the_bytes_do_not_depend_on_the_number_of_threads() {
             std::fs::read(out).unwrap()
         });
         assert!(outs[0] == outs[1] && outs[0] == outs[2], "{ty}");
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.supported()) {
+            let out = dir.path().join(format!("{ty}-{isa:?}.gguf"));
+            convert_with(&tiny(), &out, &Options { isa, ..options(ty) }).unwrap();
+            assert!(outs[0] == std::fs::read(out).unwrap(), "{ty}, {isa:?}");
+        }
     }
 }
 

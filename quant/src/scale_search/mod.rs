@@ -93,10 +93,11 @@ impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
         };
         for Sub { x, w } in &mut self.0 {
             let mean_square = mean_squares(x.iter());
+            let rms = map(&mean_square, f32::sqrt);
             for (x, w) in x.iter().zip(w) {
                 for l in 0..L {
                     w[l] = match weight {
-                        ErrorWeight::Abs(share) => x[l].abs() + share * mean_square[l].sqrt(),
+                        ErrorWeight::Abs(share) => x[l].abs() + share * rms[l],
                         ErrorWeight::Square => x[l] * x[l] + mean_square[l],
                         ErrorWeight::Importance(_) | ErrorWeight::ImportanceSigma2(_) => {
                             w[l] * (sigma2[l] + x[l] * x[l]).sqrt()
@@ -207,7 +208,11 @@ fn add<const L: usize>(a: &mut Lanes<L>, b: &Lanes<L>) {
 /// Whether `a < b` in any lane.
 #[inline(always)]
 fn any_less<const L: usize>(a: &Lanes<L>, b: &Lanes<L>) -> bool {
-    a.iter().zip(b).fold(false, |any, (a, b)| any | (a < b))
+    let mut any = [0; L];
+    for (any, (a, b)) in any.iter_mut().zip(a.iter().zip(b)) {
+        *any = u32::from(a < b);
+    }
+    any.iter().fold(0, |all, any| all | any) != 0
 }
 
 /// Sum over the sub-blocks, in order.
