@@ -432,8 +432,7 @@ fn every_instruction_set_finds_what_the_plain_search_finds() {
                     x.chunks(IMPORTANCE_COLS).zip(dequantize(ty, &bytes).chunks(IMPORTANCE_COLS)).enumerate()
                 {
                     let Some(expected) = quantized_row(ty, row, importance) else { continue };
-                    let same =
-                        |(a, b): (&f32, &f32)| a.to_bits() == b.to_bits() || (a.is_nan() && b.is_nan());
+                    let same = |(a, b): (&f32, &f32)| a == b || (a.is_nan() && b.is_nan());
                     let differs = got.iter().zip(&expected).position(|pair| !same(pair));
                     assert!(
                         differs.is_none(),

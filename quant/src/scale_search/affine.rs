@@ -1,5 +1,8 @@
 //! Codes without sign: `weight = scale * code - min`, codes `0 ..= n_max`.
 
+// Sub-block j and lane l index several arrays at once.
+#![allow(clippy::needless_range_loop)]
+
 use super::{
     Codes, ErrorWeight, Lanes, STARTS, Sub, TINY, Tile, add, any_less, integers, inverse, limit, low_byte,
     map, map2, mean_square, ratio, round, round_f16, start_factor, total,

@@ -1,5 +1,8 @@
 //! Codes with sign: `weight = scale * g`, g a number of a [`Grid`].
 
+// Sub-block j and lane l index several arrays at once.
+#![allow(clippy::needless_range_loop)]
+
 use super::grid::Grid;
 use super::{
     Codes, ErrorWeight, Lanes, STARTS, Sub, TINY, Tile, add, any_less, integers, inverse, limit, map, map2,
