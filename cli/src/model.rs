@@ -56,7 +56,12 @@ impl<T: Args> ModelArgs<T> {
 
     /// A session with so many threads, otherwise as the arguments say.
     pub fn session_with<'m>(&self, model: &'m Model, threads: usize) -> Result<Session<'m>> {
-        Session::new(model, &RunnerOptions { threads, precise: self.precise, ..Default::default() })
+        Session::new(model, &self.runner_options(threads))
+    }
+
+    /// How to run with so many threads.
+    pub fn runner_options(&self, threads: usize) -> RunnerOptions {
+        RunnerOptions { threads, precise: self.precise, ..Default::default() }
     }
 }
 

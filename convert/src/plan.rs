@@ -5,6 +5,7 @@ use crate::metadata;
 use kestrel_formats::gguf::{TensorDecl, Value, layout};
 use kestrel_formats::imatrix::Imatrix;
 use kestrel_formats::{Error, ErrorKind, GgmlType, Result};
+use kestrel_quant::isa::Isa;
 use kestrel_quant::recipe::Recipe;
 
 /// How to convert.
@@ -17,13 +18,15 @@ pub struct Options {
     pub threads: usize,
     /// Whether an existing output is replaced.
     pub force: bool,
+    /// What quantizes. The bytes do not depend on it.
+    pub isa: Isa,
 }
 
 impl Options {
     /// A conversion to this recipe on all cores, without importance matrix, replacing nothing.
     pub fn new(recipe: Recipe) -> Self {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        Self { recipe, imatrix: None, threads, force: false }
+        Self { recipe, imatrix: None, threads, force: false, isa: Isa::best() }
     }
 }
 

@@ -4,6 +4,7 @@ use crate::input::{Input, InputTensor, row_bytes};
 use crate::stream::Piece;
 use kestrel_formats::arch::Transform;
 use kestrel_formats::{Error, ErrorKind, GgmlType, Result};
+use kestrel_quant::isa::Isa;
 use kestrel_quant::{codec, transform};
 
 /// Weights of one piece, and so what bounds memory: a worker holds a piece's source bytes and its output bytes.
@@ -43,15 +44,14 @@ pub(crate) struct Rows<'a> {
 
 impl Rows<'_> {
     /// Calls `f` with the index of the first weight in the piece, the source bytes and the f32 weights of successive
-    /// groups of rows; `row_by_row` makes each group one row.
+    /// groups of rows.
     pub(crate) fn for_each(
         &self,
         floats: &mut Vec<f32>,
-        row_by_row: bool,
         mut f: impl FnMut(usize, &[u8], &[f32]) -> Result<()>,
     ) -> Result<()> {
         let cols = self.tensor.cols() as usize;
-        let rows = if row_by_row { 1 } else { (STEP_WEIGHTS / cols.max(1)).max(1) };
+        let rows = (STEP_WEIGHTS / cols.max(1)).max(1);
         let step_bytes = rows * self.tensor.row_bytes() as usize;
         for (i, bytes) in self.bytes.chunks(step_bytes.max(1)).enumerate() {
             let first = i * rows * cols;
@@ -95,6 +95,7 @@ impl Rows<'_> {
         floats: &mut Vec<f32>,
         importance: Option<&[f32]>,
         dtype: GgmlType,
+        isa: Isa,
         out: &mut Vec<u8>,
     ) -> Result<()> {
         let row_out = row_bytes(dtype, self.tensor.cols()) as usize;
@@ -104,7 +105,7 @@ impl Rows<'_> {
         let copy = dtype == self.tensor.dtype && self.tensor.transform == Transform::None;
         let codec = codec(dtype);
         let mut rest = out.as_mut_slice();
-        self.for_each(floats, importance.is_some(), |first, bytes, floats| {
+        self.for_each(floats, |first, bytes, floats| {
             let n = floats.len() / dtype.block_len() * dtype.block_bytes();
             let (dst, tail) = std::mem::take(&mut rest).split_at_mut(n);
             rest = tail;
@@ -112,7 +113,7 @@ impl Rows<'_> {
                 dst.copy_from_slice(bytes);
                 return Ok(());
             }
-            codec.quantize(floats, importance, dst);
+            codec.quantize_with(isa, floats, importance, dst);
             self.check_range(first, floats, dtype, dst)
         })
     }

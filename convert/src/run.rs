@@ -5,7 +5,7 @@ use crate::metadata::{SOURCE_SHA256, source_sha256};
 use crate::plan::{Options, Plan, declarations, importance};
 use crate::progress::{Phase, Progress};
 use crate::rows::{Rows, pieces};
-use crate::stream::{Piece, Streaming, check_cancel, stream};
+use crate::stream::{Piece, Streaming, check_cancel, join, stream, thread_refused};
 use kestrel_formats::atomic_file::{AtomicFile, same_file};
 use kestrel_formats::gguf::{Gguf, layout};
 use kestrel_formats::map::Map;
@@ -13,7 +13,8 @@ use kestrel_formats::{Error, ErrorKind, Result};
 use std::collections::hash_map::DefaultHasher;
 use std::hash::Hasher;
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 /// What a finished conversion did.
@@ -25,11 +26,14 @@ pub struct Report {
     pub source_bytes: u64,
     /// Name and SHA-256 of each file of the source.
     pub source_sha256: Vec<(String, String)>,
-    /// Reading, quantizing and writing.
+    /// Reading, quantizing and writing, and reading back most of it.
     pub convert_time: Duration,
-    /// Forcing the output to disk and reading it back.
+    /// Forcing the rest of the output to disk and reading it back.
     pub check_time: Duration,
 }
+
+/// Bytes that are written before they are forced to disk and read back, while more is converted.
+const CHECK_BYTES: u64 = 128 << 20;
 
 /// What was written where, so that it can be found again.
 #[derive(Clone, Copy, Debug)]
@@ -68,20 +72,35 @@ pub fn run(
         sha256: true,
         cancel,
     };
-    let streamed = stream(job, Scratch::default, |scratch, piece, bytes| {
-        convert_piece(plan, options, &file, scratch, piece, bytes, progress)
+    let stop = AtomicBool::new(false);
+    let (sha256, unchecked) = std::thread::scope(|scope| {
+        let (sender, receiver) = channel();
+        let (file, stop) = (&file, &stop);
+        let checker = std::thread::Builder::new()
+            .name("kestrel-checker".into())
+            .spawn_scoped(scope, move || check_behind(plan, file, &receiver, CHECK_BYTES, stop))
+            .map_err(thread_refused)?;
+        let streamed = stream(job, Scratch::default, |scratch, piece, bytes| {
+            let written = convert_piece(plan, options, file, scratch, piece, bytes, progress)?;
+            // Only after an error does nobody listen; it is reported below.
+            sender.send(written).map_err(|_| Error::new(ErrorKind::Interrupted))
+        });
+        drop(sender);
+        stop.store(true, Ordering::Relaxed);
+        let unchecked = join(checker)?;
+        Ok::<_, Error>((streamed?.sha256, unchecked))
     })?;
     plan.input.files.iter().try_for_each(InputFile::check_unchanged)?;
-    let header = write_rest(plan, &file, &streamed.sha256)?;
+    let header = write_rest(plan, &file, &sha256)?;
     let converted = Instant::now();
 
-    progress.phase(Phase::Check, plan.file_bytes, 0);
-    file.commit(|temp| check_written(plan, options, temp, &header, streamed.results, progress, cancel))?;
+    progress.phase(Phase::Check, unchecked.iter().map(|w| w.piece.n_bytes as u64).sum(), 0);
+    file.commit(|temp| check_written(plan, options, temp, &header, unchecked, progress, cancel))?;
     let names = plan.input.files.iter().map(InputFile::name);
     Ok(Report {
         file_bytes: plan.file_bytes,
         source_bytes: plan.source_bytes,
-        source_sha256: names.zip(streamed.sha256).collect(),
+        source_sha256: names.zip(sha256).collect(),
         convert_time: converted - started,
         check_time: converted.elapsed(),
     })
@@ -109,7 +128,7 @@ fn convert_piece(
     }
     let importance = if target.weighted { importance(options, &target.name, tensor.cols())? } else { None };
     let rows = Rows { input: &plan.input, tensor, piece, bytes };
-    rows.quantize(&mut scratch.floats, importance, target.dtype, &mut scratch.out)?;
+    rows.quantize(&mut scratch.floats, importance, target.dtype, options.isa, &mut scratch.out)?;
     let offset = target.offset + piece.first_row * row_bytes(target.dtype, tensor.cols());
     file.write_at(offset, &scratch.out)?;
     progress.bytes(piece.n_bytes as u64, scratch.out.len() as u64);
@@ -133,8 +152,50 @@ fn write_rest(plan: &Plan, file: &AtomicFile, digests: &[String]) -> Result<Vec<
     Ok(layout.header)
 }
 
-/// Reads the output back and compares it with what was meant to be written: the header byte by byte, the tensors
-/// piece by piece.
+/// Follows the conversion: each time that `batch_bytes` have been written, forces them to disk, reads them back and
+/// compares. Returns what is left once `stop` is set and nothing more comes.
+fn check_behind(
+    plan: &Plan,
+    file: &AtomicFile,
+    written: &Receiver<Written>,
+    batch_bytes: u64,
+    stop: &AtomicBool,
+) -> Result<Vec<Written>> {
+    let (mut batch, mut n_bytes, mut bytes) = (Vec::new(), 0, Vec::new());
+    while let Ok(next) = written.recv() {
+        n_bytes += next.piece.n_bytes as u64;
+        batch.push(next);
+        if n_bytes < batch_bytes || stop.load(Ordering::Relaxed) {
+            continue;
+        }
+        file.settle(batch.iter().map(|w| (w.piece.offset, w.piece.n_bytes as u64)))?;
+        for Written { piece, hash: expected } in batch.drain(..) {
+            bytes.resize(piece.n_bytes, 0);
+            file.read_at(piece.offset, &mut bytes)?;
+            if hash(&bytes) != expected {
+                return Err(damaged_tensor(plan, piece.tensor).file(file.target()).at(piece.offset));
+            }
+        }
+        n_bytes = 0;
+    }
+    Ok(batch)
+}
+
+/// The output is not what was written.
+fn damaged(what: String) -> Error {
+    Error::new(ErrorKind::Io)
+        .what(what)
+        .expected("the bytes that were written")
+        .found("others, when read back")
+        .hint("the disk or the memory is faulty; nothing was kept")
+}
+
+fn damaged_tensor(plan: &Plan, tensor: usize) -> Error {
+    damaged(format!("tensor \"{}\" of the output", plan.tensors[tensor].name))
+}
+
+/// Reads the rest of the output back and compares it with what was meant to be written: the header byte by byte, the
+/// tensors piece by piece.
 fn check_written(
     plan: &Plan,
     options: &Options,
@@ -145,13 +206,6 @@ fn check_written(
     cancel: &AtomicBool,
 ) -> Result<()> {
     check_cancel(cancel)?;
-    let damaged = |what: String| {
-        Error::new(ErrorKind::Io)
-            .what(what)
-            .expected("the bytes that were written")
-            .found("others, when read back")
-            .hint("the disk or the memory is faulty; nothing was kept")
-    };
     let map = Map::open(temp)?;
     if map.len() as u64 != plan.file_bytes || map.get(..header.len()) != Some(header) {
         return Err(damaged("header of the output".to_owned()));
@@ -177,9 +231,7 @@ fn check_written(
     )?;
     match found.results.iter().zip(&hashes).find(|((_, found), hash)| found != *hash) {
         None => Ok(()),
-        Some(((tensor, _), _)) => {
-            Err(damaged(format!("tensor \"{}\" of the output", plan.tensors[*tensor].name)))
-        }
+        Some(((tensor, _), _)) => Err(damaged_tensor(plan, *tensor)),
     }
 }
 

@@ -246,10 +246,10 @@ fn take<T>(from: &Mutex<Receiver<T>>) -> Option<T> {
 }
 
 /// A thread's result; its panic goes on in the caller.
-fn join<T>(handle: std::thread::ScopedJoinHandle<'_, T>) -> T {
+pub(crate) fn join<T>(handle: std::thread::ScopedJoinHandle<'_, T>) -> T {
     handle.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
-fn thread_refused(e: std::io::Error) -> Error {
+pub(crate) fn thread_refused(e: std::io::Error) -> Error {
     Error::new(ErrorKind::Limit).what("starting a thread").found(e).hint("use fewer --threads")
 }

@@ -161,7 +161,7 @@ fn compare(
     read_at(&target.open[info.part], &target.files[info.part], info.offset + first_row * row, bytes)?;
     let mut stats = ErrorStats::default();
     let mut scaled = Vec::new();
-    rows.for_each(source, false, |first, _, floats| {
+    rows.for_each(source, |first, _, floats| {
         let floats = if factor == 1.0 {
             floats
         } else {

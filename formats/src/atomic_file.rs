@@ -47,6 +47,27 @@ impl AtomicFile {
         self.file.write_all_at(bytes, offset).map_err(|e| self.io("writing the output", e).at(offset))
     }
 
+    /// Forces what was written so far to disk and drops these ranges (offset, bytes) from the cache, so that
+    /// [`AtomicFile::read_at`] sees what the disk holds. Other threads may go on writing elsewhere.
+    pub fn settle(&self, ranges: impl Iterator<Item = (u64, u64)>) -> Result<()> {
+        self.file.sync_data().map_err(|e| self.io("forcing the output to disk", e))?;
+        for (offset, n_bytes) in ranges {
+            // Failing to drop is no error.
+            let _ = rustix::fs::fadvise(
+                &self.file,
+                offset,
+                n_bytes.try_into().ok(),
+                rustix::fs::Advice::DontNeed,
+            );
+        }
+        Ok(())
+    }
+
+    /// Reads back exactly `buf.len()` bytes from `offset`.
+    pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        self.file.read_exact_at(buf, offset).map_err(|e| self.io("reading the output back", e).at(offset))
+    }
+
     /// Where the output will appear.
     pub fn target(&self) -> &Path {
         &self.target

@@ -5,6 +5,7 @@
 
 pub mod codec;
 pub mod error_measure;
+pub mod isa;
 pub mod recipe;
 mod scale_search;
 pub mod transform;

@@ -11,9 +11,14 @@
 use criterion::measurement::{Measurement, ValueFormatter};
 use criterion::{BenchmarkId, Criterion, Throughput};
 use kestrel_formats::GgmlType;
+use kestrel_formats::arch::{Arch, HyperParams};
 use kestrel_quant::codec;
+use kestrel_runtime::State;
 use kestrel_runtime::kernels::peak::{Limits, READ_BYTES};
-use kestrel_runtime::kernels::{ActKind, Acts, Compute, InProj, Isa, MatrixRef, Mixer, ScanWeights, Then};
+use kestrel_runtime::kernels::{
+    ActKind, Acts, Compute, InProj, Isa, MatrixRef, Mixer, ScanWeights, Segment, Then,
+};
+use kestrel_runtime::state::StateShape;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
@@ -204,7 +209,20 @@ fn mixer(criterion: &mut Criterion<Speed>) {
         compute.norm(&noise(tokens * WIDTH), &[1.0; WIDTH], 1e-5, ActKind::F32, &mut x);
         let mut dt_b_c = noise(tokens * (WIDTH + 2 * D_STATE));
         compute.split_dt_b_c(&mut dt_b_c, WIDTH, D_STATE, Some(1e-6), ActKind::F32, &mut dt);
-        let (mut conv, mut ssm) = (vec![0.0; D_INNER * (D_CONV - 1)], vec![0.0; D_INNER * D_STATE]);
+        let shape = HyperParams {
+            arch: Arch::FalconMamba,
+            d_model: D_MODEL,
+            d_inner: D_INNER,
+            d_state: D_STATE,
+            d_conv: D_CONV,
+            dt_rank: DT_RANK,
+            n_layer: 1,
+            vocab_size: 1,
+            layer_norm_epsilon: 1e-5,
+            mixer_rms_eps: 1e-6,
+        };
+        let mut state = State::new(StateShape::new(&shape, 0));
+        let of = [Segment { state: &mut state, n_tokens: tokens }];
         let mut mixer = Mixer::with_capacity(D_INNER, tokens);
         let in_proj =
             InProj { weights: matrix(2 * D_INNER), conv_weight: &taps, conv_bias: &bias, d_conv: D_CONV };
@@ -216,7 +234,7 @@ fn mixer(criterion: &mut Criterion<Speed>) {
         let ops = tokens * D_INNER * (2 * WIDTH + D_CONV + EXP + 3);
         group.throughput(Throughput::Elements(ops as u64));
         group.bench_function(BenchmarkId::new("conv", tokens), |b| {
-            b.iter(|| compute.in_proj(&in_proj, &x, &mut conv, &mut mixer, kind, &mut inner));
+            b.iter(|| compute.in_proj(&in_proj, &x, &of, 0, &mut mixer, kind, &mut inner));
         });
         // Per state number an exponential and four more; per channel the projection, softplus and the gate.
         let ops = tokens * D_INNER * (D_STATE * (EXP + 4) + WIDTH + 2 * EXP + 15);
@@ -227,9 +245,9 @@ fn mixer(criterion: &mut Criterion<Speed>) {
             b.iter_custom(|n| {
                 let mut time = Duration::ZERO;
                 for _ in 0..n {
-                    compute.in_proj(&in_proj, &x, &mut conv, &mut mixer, kind, &mut inner);
+                    compute.in_proj(&in_proj, &x, &of, 0, &mut mixer, kind, &mut inner);
                     let start = Instant::now();
-                    compute.scan(&scan, &dt, &dt_b_c, &mut ssm, &mut mixer, kind, &mut inner);
+                    compute.scan(&scan, &dt, &dt_b_c, &of, 0, &mut mixer, kind, &mut inner);
                     time += start.elapsed();
                 }
                 time

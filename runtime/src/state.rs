@@ -1,10 +1,9 @@
 //! What a sequence remembers: the convolution's last inputs and the scan's state. 38 MiB for the 7B, whatever the
 //! length of the text. Cloning a state is a snapshot or a fork; assigning it back restores it.
 
-use crate::kernels::{Aligned, LANES};
+use crate::kernels::{LANES, LayerBlocks};
 use kestrel_formats::arch::{Arch, HyperParams};
 use kestrel_formats::{Error, ErrorKind, Result};
-use std::ops::Range;
 use std::path::Path;
 
 /// The state of one sequence. The layout is the same on every instruction set, so a saved state loads anywhere.
@@ -14,9 +13,9 @@ pub struct State {
     /// Tokens consumed so far.
     n_tokens: u64,
     /// Per layer (channels / 16, d_conv - 1, 16): the last inputs of each channel, oldest first.
-    conv: Aligned<f32>,
+    conv: LayerBlocks,
     /// Per layer (channels / 16, d_state, 16): the scan's h.
-    ssm: Aligned<f32>,
+    ssm: LayerBlocks,
 }
 
 /// The shape of a state, and the model that it belongs to.
@@ -47,14 +46,6 @@ impl StateShape {
     fn channels(&self) -> usize {
         (self.d_inner as usize).next_multiple_of(LANES)
     }
-
-    fn conv_len(&self) -> usize {
-        self.channels() * (self.d_conv as usize - 1)
-    }
-
-    fn ssm_len(&self) -> usize {
-        self.channels() * self.d_state as usize
-    }
 }
 
 impl PartialEq for State {
@@ -83,13 +74,11 @@ const HEADER_BYTES: usize = 56;
 impl State {
     /// An empty state: zeros, as before the first token.
     pub fn new(shape: StateShape) -> Self {
-        let layers = shape.n_layer as usize;
-        Self {
-            shape,
-            n_tokens: 0,
-            conv: Aligned::zeroed(layers * shape.conv_len()),
-            ssm: Aligned::zeroed(layers * shape.ssm_len()),
-        }
+        let blocks = shape.channels() / LANES;
+        let numbers = |per_channel: u32| {
+            LayerBlocks::zeroed(shape.n_layer as usize, blocks, per_channel as usize * LANES)
+        };
+        Self { shape, n_tokens: 0, conv: numbers(shape.d_conv - 1), ssm: numbers(shape.d_state) }
     }
 
     /// Back to before the first token.
@@ -118,26 +107,14 @@ impl State {
         self.n_tokens += n_tokens as u64;
     }
 
-    /// Blocks of 16 channels of one layer's convolution inputs: (blocks, d_conv - 1, 16).
-    ///
-    /// # Safety
-    /// The caller's thread alone uses these blocks, and nothing reads the whole state meanwhile.
-    #[allow(clippy::mut_from_ref)] // several workers advance one state, each its own channels
-    pub(crate) unsafe fn conv_part(&self, layer: usize, blocks: Range<usize>) -> &mut [f32] {
-        let (start, per_block) = (layer * self.shape.conv_len(), (self.shape.d_conv as usize - 1) * LANES);
-        // SAFETY: the caller's promise.
-        unsafe { self.conv.part(start + blocks.start * per_block..start + blocks.end * per_block) }
+    /// The last inputs of each channel, oldest first: per block of 16 channels (d_conv - 1, 16).
+    pub(crate) fn conv(&self) -> &LayerBlocks {
+        &self.conv
     }
 
-    /// The same of the scan's h: (blocks, d_state, 16).
-    ///
-    /// # Safety
-    /// See [`Self::conv_part`].
-    #[allow(clippy::mut_from_ref)] // as above
-    pub(crate) unsafe fn ssm_part(&self, layer: usize, blocks: Range<usize>) -> &mut [f32] {
-        let (start, per_block) = (layer * self.shape.ssm_len(), self.shape.d_state as usize * LANES);
-        // SAFETY: the caller's promise.
-        unsafe { self.ssm.part(start + blocks.start * per_block..start + blocks.end * per_block) }
+    /// The scan's h: per block of 16 channels (d_state, 16).
+    pub(crate) fn ssm(&self) -> &LayerBlocks {
+        &self.ssm
     }
 
     /// Bytes of a saved state, header included.

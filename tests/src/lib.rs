@@ -6,6 +6,7 @@ pub mod gguf_builder;
 pub mod goldens;
 pub mod load_reference;
 pub mod npy;
+pub mod plain_search;
 pub mod random_model;
 pub mod reference;
 pub mod running;

@@ -7,8 +7,10 @@ use kestrel_formats::arch::{TENSORS, TensorSpec};
 use kestrel_formats::checkpoint::Checkpoint;
 use kestrel_quant::codec;
 use kestrel_quant::error_measure::{ErrorStats, relative_rmse_limit};
+use kestrel_quant::isa::Isa;
 use kestrel_quant::recipe::{FileType, Recipe};
 use kestrel_tests::goldens::{data_dir, tiny_dir};
+use kestrel_tests::plain_search::quantized_row;
 use serde_json::Value;
 
 const EXACT: [GgmlType; 5] = [GgmlType::Q8_0, GgmlType::Q4_0, GgmlType::Q4_1, GgmlType::Q5_0, GgmlType::Q5_1];
@@ -370,4 +372,79 @@ fn overrides_act_as_in_llama_quantize() {
     assert_eq!(types(FileType::F16, &overrides), ["F16", "F32", "F16", "F16", "F16"]);
     let overrides = [("ssm_conv1d", GgmlType::Q8_0), ("token_embd", GgmlType::F16)];
     assert_eq!(types(FileType::Q8_0, &overrides), ["F16", "F32", "Q8_0", "Q8_0", "Q8_0"]);
+}
+
+/// Rows that a search could stumble over, `IMPORTANCE_COLS` columns each.
+fn odd_rows() -> Vec<(&'static str, Vec<f32>)> {
+    let n = 6 * IMPORTANCE_COLS; // not a multiple of the lanes
+    let scaled = |factor: f32| weights("normal", n).into_iter().map(move |v| v * factor);
+    let every = |k: usize, v: f32| (0..n).map(move |i| if i % k == 0 { v } else { 0.0 });
+    let mut rows: Vec<(&str, Vec<f32>)> = KINDS.iter().map(|kind| (*kind, weights(kind, n))).collect();
+    rows.extend([
+        ("zero", vec![0.0; n]),
+        ("zeros of both signs", (0..n).map(|i| if i % 3 == 0 { 0.0 } else { -0.0 }).collect()),
+        ("constant", vec![0.3; n]),
+        ("negative constant", vec![-0.3; n]),
+        ("two values", (0..n).map(|i| if i % 5 < 2 { 0.25 } else { -0.25 }).collect()),
+        ("mostly zero", every(37, -1.5).collect()),
+        ("one per block", every(256, 2.0).collect()),
+        ("negative", weights("positive", n).into_iter().map(|v| -v - 0.5).collect()),
+        ("as large as f16 holds", scaled(5e5).collect()),
+        ("larger than f16 holds", scaled(1e7).collect()),
+        ("larger than f32 squares", scaled(1e30).collect()),
+        ("as large as f32 holds", scaled(2.5e38 / 0.0625 / 2.0).map(|v| v.clamp(-3e38, 3e38)).collect()),
+        ("subnormal scales", scaled(1e-5).collect()),
+        ("below f16", scaled(1e-12).collect()),
+        ("below the threshold", scaled(1e-17).collect()),
+        ("subnormal", scaled(1e-40).collect()),
+    ]);
+    rows
+}
+
+/// The instruction sets of this machine; those that `KESTREL_REQUIRE_ISA` names must be among them.
+fn instruction_sets() -> Vec<Isa> {
+    let sets: Vec<Isa> = Isa::ALL.into_iter().filter(|isa| isa.supported()).collect();
+    let required = std::env::var("KESTREL_REQUIRE_ISA").unwrap_or_default();
+    for (name, isa) in [("avx2", Isa::Avx2), ("avx512", Isa::Avx512)] {
+        assert!(sets.contains(&isa) || !required.split(',').any(|r| r == name), "{name} is required");
+    }
+    sets
+}
+
+#[test]
+fn every_instruction_set_finds_what_the_plain_search_finds() {
+    let importance = importance(IMPORTANCE_COLS);
+    let no_importance = vec![0.0; IMPORTANCE_COLS];
+    let mut compared = 0;
+    for (name, x) in odd_rows() {
+        for ty in GgmlType::all() {
+            for importance in [None, Some(&importance), Some(&no_importance)] {
+                let importance = importance.map(Vec::as_slice);
+                let mut bytes = vec![0; ty.bytes_for(x.len() as u64).unwrap() as usize];
+                codec(ty).quantize_with(Isa::Baseline, &x, importance, &mut bytes);
+                for isa in instruction_sets() {
+                    let mut other = vec![0xaa; bytes.len()];
+                    codec(ty).quantize_with(isa, &x, importance, &mut other);
+                    let differs = bytes.iter().zip(&other).position(|(a, b)| a != b);
+                    assert!(differs.is_none(), "{ty}, {name}, {isa:?}: byte {differs:?}");
+                }
+                for (r, (row, got)) in
+                    x.chunks(IMPORTANCE_COLS).zip(dequantize(ty, &bytes).chunks(IMPORTANCE_COLS)).enumerate()
+                {
+                    let Some(expected) = quantized_row(ty, row, importance) else { continue };
+                    let same = |(a, b): (&f32, &f32)| a == b || (a.is_nan() && b.is_nan());
+                    let differs = got.iter().zip(&expected).position(|pair| !same(pair));
+                    assert!(
+                        differs.is_none(),
+                        "{ty}, {name}, importance {}, row {r}: weight {differs:?} is {} instead of {}",
+                        importance.is_some(),
+                        got[differs.unwrap_or(0)],
+                        expected[differs.unwrap_or(0)],
+                    );
+                    compared += 1;
+                }
+            }
+        }
+    }
+    assert!(compared > 3000, "{compared} rows compared");
 }

@@ -7,6 +7,7 @@ use kestrel_formats::gguf::{Gguf, Value};
 use kestrel_formats::imatrix::Imatrix;
 use kestrel_formats::{Error, ErrorKind, GgmlType, Result};
 use kestrel_quant::codec;
+use kestrel_quant::isa::Isa;
 use kestrel_quant::recipe::{FileType, Recipe};
 use kestrel_tests::random_model::RandomModel;
 use kestrel_tests::temp_dir::TempDir;
@@ -132,7 +133,7 @@ fn every_file_type_converts_verifies_and_has_the_size_of_llama_quantizes() {
 }
 
 #[test]
-fn the_bytes_do_not_depend_on_the_number_of_threads() {
+fn the_bytes_do_not_depend_on_the_number_of_threads_or_the_instruction_set() {
     let dir = TempDir::new();
     for ty in ["q4_k_m", "iq4_xs", "f32"] {
         let outs = [1, 2, 4].map(|threads| {
@@ -141,7 +142,37 @@ fn the_bytes_do_not_depend_on_the_number_of_threads() {
             std::fs::read(out).unwrap()
         });
         assert!(outs[0] == outs[1] && outs[0] == outs[2], "{ty}");
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.supported()) {
+            let out = dir.path().join(format!("{ty}-{isa:?}.gguf"));
+            convert_with(&tiny(), &out, &Options { isa, ..options(ty) }).unwrap();
+            assert!(outs[0] == std::fs::read(out).unwrap(), "{ty}, {isa:?}");
+        }
     }
+}
+
+/// `tests/data/conversion/README.md` says where the digests come from.
+#[test]
+fn the_tensors_of_every_type_have_the_recorded_bytes() {
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("data");
+    let recorded = std::fs::read_to_string(data.join("conversion/sha256.txt")).unwrap();
+    let (dir, mut found) = (TempDir::new(), String::new());
+    for ty in
+        ["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k_m", "q4_k_m", "q5_k_m"]
+            .into_iter()
+            .chain(["q6_k", "iq4_nl", "iq4_xs"])
+    {
+        for (mode, imatrix) in [("none", None), ("imatrix", Some(data.join("imatrix/tiny.gguf")))] {
+            let out = dir.path().join(format!("{ty}-{mode}.gguf"));
+            let imatrix = imatrix.map(|path| Imatrix::open(&path).unwrap());
+            convert_with(&tiny(), &out, &Options { imatrix, ..options(ty) }).unwrap();
+            let file = Gguf::open(&out).unwrap();
+            let mut hasher = Sha256::new();
+            file.tensors().iter().for_each(|t| hasher.update(file.tensor(&t.name).unwrap().bytes));
+            let digest: String = hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+            found += &format!("{ty} {mode} {digest}\n");
+        }
+    }
+    assert!(found == recorded, "found\n{found}");
 }
 
 #[test]
@@ -396,6 +427,22 @@ fn an_interrupted_run_leaves_nothing_wherever_it_stops() {
         assert_eq!(done.err().map(|e: Error| e.kind()), Some(ErrorKind::Interrupted), "after {n} pieces");
         assert!(names_in(&dir).is_empty(), "{:?}", names_in(&dir));
     }
+}
+
+#[test]
+fn damage_between_writing_and_reading_back_is_noticed() {
+    let dir = TempDir::new();
+    let done = run_with(&tiny(), &dir.path().join("out.gguf"), 62, &AtomicBool::new(false), || {
+        let name = names_in(&dir).into_iter().find(|name| name.contains("kestrel-partial")).unwrap();
+        let file = std::fs::File::options().write(true).open(dir.path().join(name)).unwrap();
+        // Some tensors are written by now; all that lies here is overwritten.
+        let zeros = vec![0u8; 3 << 20];
+        std::os::unix::fs::FileExt::write_all_at(&file, &zeros, 1 << 20).unwrap();
+    });
+    let err = done.err().expect("an error");
+    assert_eq!(err.kind(), ErrorKind::Io);
+    assert!(err.to_string().contains("when read back"), "{err}");
+    assert!(names_in(&dir).is_empty(), "{:?}", names_in(&dir));
 }
 
 #[test]

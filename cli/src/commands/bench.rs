@@ -7,9 +7,9 @@ use crate::output::{self, Table};
 use crate::progress::Steps;
 use clap::Args;
 use kestrel_formats::Result;
-use kestrel_runtime::Work;
 use kestrel_runtime::kernels::peak::{Limits, READ_BYTES};
 use kestrel_runtime::session::Session;
+use kestrel_runtime::{Batch, Work};
 use serde_json::{Value as Json, json};
 use std::time::Instant;
 
@@ -44,6 +44,10 @@ pub struct BenchArgs {
     /// Tokens to consume before anything is timed
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = count(0))]
     depth: u32,
+
+    /// Sequences that are decoded together; the figure is their total
+    #[arg(long, value_name = "B", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    batch: u32,
 
     /// How often
     #[arg(short, long, value_name = "N", default_value_t = 3, value_parser = count(1))]
@@ -122,7 +126,20 @@ impl Measured {
                 steps.step("reading a prompt", || rate(args.prompt, || session.prefill(&prompt)))?;
             run.prefill_tok_s.extend(prefill);
             let decode = steps.step("writing", || {
-                rate(args.n_tokens, || decode(&mut session, &mut tokens, args.n_tokens))
+                if args.batch == 1 {
+                    return rate(args.n_tokens, || decode(&mut session, &mut tokens, args.n_tokens));
+                }
+                let mut batch = Batch::new(&model, &args.model.runner_options(threads))?;
+                for _ in 0..args.batch {
+                    batch.add(start.clone())?;
+                }
+                rate(args.n_tokens * args.batch, || {
+                    for _ in 0..args.n_tokens {
+                        let next = tokens.take(args.batch);
+                        batch.step(&next.iter().map(std::slice::from_ref).collect::<Vec<_>>())?;
+                    }
+                    Ok(())
+                })
             })?;
             run.decode_tok_s.extend(decode);
             run.rss_anon_bytes = run.rss_anon_bytes.max(kib_line("/proc/self/status", "RssAnon:"));
@@ -138,13 +155,14 @@ impl Measured {
     }
 
     /// Bytes per second while writing.
-    fn decode_bytes_s(&self) -> Option<f64> {
-        median(&self.decode_tok_s).map(|tok_s| tok_s * self.work.step_bytes(1) as f64)
+    fn decode_bytes_s(&self, n_sequences: u32) -> Option<f64> {
+        let bytes = self.work.step_bytes(n_sequences.into()) as f64 / f64::from(n_sequences);
+        median(&self.decode_tok_s).map(|tok_s| tok_s * bytes)
     }
 
     fn to_json(&self, args: &BenchArgs) -> Json {
         let prefill_mac_s = self.prefill_mac_s(args.prompt);
-        let decode_bytes_s = self.decode_bytes_s();
+        let decode_bytes_s = self.decode_bytes_s(args.batch);
         let giga = |x: Option<f64>| x.map(|x| x / 1e9);
         json!({
             "prefill_tok_s": median(&self.prefill_tok_s),
@@ -170,6 +188,7 @@ impl Measured {
             "threads": self.threads,
             "precise": args.model.precise,
             "depth": args.depth,
+            "batch": args.batch,
             "n_prompt": args.prompt,
             "n_tokens": args.n_tokens,
             "repeats": args.repeats,
@@ -181,7 +200,7 @@ impl Measured {
     /// The cells of this run's column.
     fn cells(&self, args: &BenchArgs) -> [String; 14] {
         let prefill_mac_s = self.prefill_mac_s(args.prompt);
-        let decode_bytes_s = self.decode_bytes_s();
+        let decode_bytes_s = self.decode_bytes_s(args.batch);
         let number = |x: Option<f64>| x.map_or("-".to_owned(), |x| format!("{x:.1}"));
         let spread = |x: &[f64]| match (median(x), least(x), most(x)) {
             (Some(median), Some(least), Some(most)) => format!("{median:.2} ({least:.2} to {most:.2})"),
@@ -221,7 +240,7 @@ fn table(args: &BenchArgs, runs: &[Measured]) -> String {
         format!("prefill of {}, tok/s", args.prompt),
         "  GMAC/s".to_owned(),
         "  % of the int8 peak".to_owned(),
-        format!("decode of {}, tok/s", args.n_tokens),
+        format!("decode of {} x {}, tok/s", args.batch, args.n_tokens),
         "  GB/s".to_owned(),
         "  % of reading memory".to_owned(),
         "first token, ms".to_owned(),

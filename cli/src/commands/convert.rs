@@ -10,7 +10,9 @@ use kestrel_convert::{Options, Plan, Source};
 use kestrel_formats::atomic_file::check_target;
 use kestrel_formats::imatrix::Imatrix;
 use kestrel_formats::{Error, ErrorKind, Result};
+use kestrel_quant::isa::Isa;
 use kestrel_quant::recipe::Recipe;
+use kestrel_runtime::kernels;
 use std::path::PathBuf;
 
 /// Convert a Hugging Face folder to a quantized GGUF file
@@ -77,6 +79,16 @@ fn options(args: &ConversionArgs) -> Result<Options> {
         imatrix: args.imatrix.as_deref().map(Imatrix::open).transpose()?,
         threads: args.threads.get(),
         force: args.force,
+        isa: isa()?,
+    })
+}
+
+/// What `KESTREL_ISA` allows of the instruction sets that quantize.
+fn isa() -> Result<Isa> {
+    Ok(match kernels::Isa::from_env()? {
+        kernels::Isa::Scalar => Isa::Baseline,
+        kernels::Isa::Avx2 => Isa::Avx2,
+        _ => Isa::best(),
     })
 }
 

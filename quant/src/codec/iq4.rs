@@ -19,9 +19,9 @@
 use kestrel_formats::GgmlType;
 
 use super::q4::{nibbles, pack_nibbles};
-use super::{Codec, expand, f16_at, for_each_block, put_f16, quantize_blocks};
+use super::{Format, Group, expand, f16_at, for_each_block, groups, put_f16};
 use crate::scale_search::grid::{Iq4, iq4_index};
-use crate::scale_search::{ErrorWeight, Tile, mean_square, signed};
+use crate::scale_search::{Codes, ErrorWeight, Tile, signed};
 
 pub use crate::scale_search::grid::IQ4_VALUES as VALUES;
 
@@ -71,20 +71,20 @@ pub struct Iq4Nl;
 /// The codec of IQ4_XS.
 pub struct Iq4Xs;
 
-impl Codec for Iq4Nl {
-    fn ggml_type(&self) -> GgmlType {
-        GgmlType::Iq4Nl
-    }
+impl Format for Iq4Nl {
+    const TYPE: GgmlType = GgmlType::Iq4Nl;
 
-    fn quantize(&self, src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
+    #[inline(always)]
+    fn quantize<const L: usize>(src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
         let pack = |d: f32, codes: &[u8; SUB], out: &mut [u8; NL_BYTES]| {
             put_f16(out, D, d);
             out[NL_QS..].copy_from_slice(&pack_nibbles(codes));
         };
-        signed::quantize_single::<Iq4, SUB, NL_BYTES>(src, importance, dst, &SEARCH, iq4_index, pack);
+        signed::quantize_single::<Iq4, SUB, NL_BYTES, L>(src, importance, dst, &SEARCH, iq4_index, pack);
     }
 
-    fn dequantize(&self, src: &[u8], dst: &mut [f32]) {
+    #[inline(always)]
+    fn dequantize(src: &[u8], dst: &mut [f32]) {
         for_each_block(src, dst, |b: &[u8; NL_BYTES], out| {
             let d = f16_at(b, D);
             expand::<SUB, SUB>(&nl_codes(b), |_| (d, 0.0), out);
@@ -92,35 +92,37 @@ impl Codec for Iq4Nl {
     }
 }
 
-impl Codec for Iq4Xs {
-    fn ggml_type(&self) -> GgmlType {
-        GgmlType::Iq4Xs
+impl Format for Iq4Xs {
+    const TYPE: GgmlType = GgmlType::Iq4Xs;
+
+    #[inline(always)]
+    fn quantize<const L: usize>(src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
+        let weight = match importance {
+            Some(_) => ErrorWeight::Importance(2.0),
+            None => ErrorWeight::Square,
+        };
+        for Group { x, importance, out } in groups::<XS_LEN, XS_BYTES, L>(src, importance, dst) {
+            let tile = Tile::<SUB, { XS_LEN / SUB }, L>::new(x, importance, weight);
+            let fitted = tile.signed_blocks::<Iq4>(&SEARCH, 32.0);
+            let codes: Codes<XS_LEN, L> = tile.signed_block_codes::<Iq4, XS_LEN>(&fitted, iq4_index);
+            for (l, (out, codes)) in out.iter_mut().zip(&codes).enumerate() {
+                put_f16(out, D, fitted.d[l]);
+                let sc = fitted.sc.map(|sc| (sc[l] + 32.0) as u8);
+                let high =
+                    sc.iter().enumerate().fold(0u16, |bits, (j, s)| bits | u16::from(s >> 4) << (2 * j));
+                out[XS_SCALES_H..XS_SCALES_L].copy_from_slice(&high.to_le_bytes());
+                for (j, byte) in out[XS_SCALES_L..XS_QS].iter_mut().enumerate() {
+                    *byte = (sc[2 * j] & 15) | (sc[2 * j + 1] & 15) << 4;
+                }
+                for (sub, qs) in codes.as_chunks::<SUB>().0.iter().zip(out[XS_QS..].as_chunks_mut::<16>().0) {
+                    *qs = pack_nibbles(sub);
+                }
+            }
+        }
     }
 
-    fn quantize(&self, src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
-        quantize_blocks(src, importance, dst, |x: &[f32; XS_LEN], w, out: &mut [u8; XS_BYTES]| {
-            let weight = match w {
-                Some(w) => ErrorWeight::Importance(w, 2.0 * mean_square(x)),
-                None => ErrorWeight::Square,
-            };
-            let tile = Tile::<SUB, 8>::new(x, weight);
-            let block = tile.signed_block::<Iq4>(&SEARCH, 32.0);
-            let mut codes = [0; XS_LEN];
-            tile.signed_codes::<Iq4>(&block.scales(), iq4_index, &mut codes);
-            put_f16(out, D, block.d);
-            let sc = block.sc.map(|v| (v + 32.0) as u8);
-            let high = sc.iter().enumerate().fold(0u16, |bits, (j, s)| bits | u16::from(s >> 4) << (2 * j));
-            out[XS_SCALES_H..XS_SCALES_L].copy_from_slice(&high.to_le_bytes());
-            for (j, byte) in out[XS_SCALES_L..XS_QS].iter_mut().enumerate() {
-                *byte = (sc[2 * j] & 15) | (sc[2 * j + 1] & 15) << 4;
-            }
-            for (sub, qs) in codes.as_chunks::<SUB>().0.iter().zip(out[XS_QS..].as_chunks_mut::<16>().0) {
-                *qs = pack_nibbles(sub);
-            }
-        });
-    }
-
-    fn dequantize(&self, src: &[u8], dst: &mut [f32]) {
+    #[inline(always)]
+    fn dequantize(src: &[u8], dst: &mut [f32]) {
         for_each_block(src, dst, |b: &[u8; XS_BYTES], out| {
             let d = f16_at(b, D);
             expand::<SUB, XS_LEN>(&xs_codes(b), |j| (d * f32::from(xs_scale(b, j)), 0.0), out);

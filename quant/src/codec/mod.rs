@@ -17,7 +17,12 @@ pub mod q5_k;
 pub mod q6_k;
 pub mod q8_0;
 
+use std::marker::PhantomData;
+
 use kestrel_formats::GgmlType;
+
+use crate::isa::{Isa, Work};
+use crate::scale_search::Importance;
 
 /// Quantizes and dequantizes rows of one type. `src.len()` is a multiple of the block length and `dst` has exactly
 /// the right size; both are asserted at this edge.
@@ -25,12 +30,70 @@ pub trait Codec: Sync {
     /// The type in the table.
     fn ggml_type(&self) -> GgmlType;
 
-    /// Quantizes whole blocks. `importance`, if given, has one non-negative weight per column of the row that `src`
-    /// is (an importance matrix) and `src` is then exactly one row.
-    fn quantize(&self, src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]);
+    /// Quantizes whole blocks. `importance`, if given, has one non-negative weight per column (an importance matrix),
+    /// and `src` is then whole rows of that many columns. The bytes are the same for every instruction set.
+    fn quantize_with(&self, isa: Isa, src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]);
+
+    /// Quantizes whole blocks with the fastest instruction set of this machine.
+    fn quantize(&self, src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
+        self.quantize_with(Isa::best(), src, importance, dst);
+    }
 
     /// Dequantizes whole blocks, bit-exact with ggml.
     fn dequantize(&self, src: &[u8], dst: &mut [f32]);
+}
+
+/// What the file of a type implements; [`Codec`] follows. Both functions are `#[inline(always)]`, as [`crate::isa`] asks.
+trait Format: Sync {
+    /// The type in the table.
+    const TYPE: GgmlType;
+
+    /// [`Codec::quantize`], `L` blocks side by side where that helps.
+    fn quantize<const L: usize>(src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]);
+
+    /// [`Codec::dequantize`].
+    fn dequantize(src: &[u8], dst: &mut [f32]);
+}
+
+impl<F: Format> Codec for F {
+    fn ggml_type(&self) -> GgmlType {
+        F::TYPE
+    }
+
+    fn quantize_with(&self, isa: Isa, src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
+        isa.run(Quantize { format: PhantomData::<F>, src, importance, dst });
+    }
+
+    fn dequantize(&self, src: &[u8], dst: &mut [f32]) {
+        Isa::best().run(Dequantize { format: PhantomData::<F>, src, dst });
+    }
+}
+
+struct Quantize<'a, F> {
+    format: PhantomData<F>,
+    src: &'a [f32],
+    importance: Option<&'a [f32]>,
+    dst: &'a mut [u8],
+}
+
+impl<F: Format> Work for Quantize<'_, F> {
+    #[inline(always)]
+    fn run<const L: usize>(self) {
+        F::quantize::<L>(self.src, self.importance, self.dst);
+    }
+}
+
+struct Dequantize<'a, F> {
+    format: PhantomData<F>,
+    src: &'a [u8],
+    dst: &'a mut [f32],
+}
+
+impl<F: Format> Work for Dequantize<'_, F> {
+    #[inline(always)]
+    fn run<const L: usize>(self) {
+        F::dequantize(self.src, self.dst);
+    }
 }
 
 /// The codec of a type.
@@ -55,26 +118,61 @@ pub fn codec(ty: GgmlType) -> &'static dyn Codec {
 }
 
 /// Bits of the nearest f16, ties to even. A NaN becomes the quiet NaN of its sign, as in ggml.
+#[inline(always)]
 pub fn f16_bits(x: f32) -> u16 {
-    if x.is_nan() {
-        return ((x.to_bits() >> 16) & 0x8000) as u16 | 0x7e00;
-    }
-    half::f16::from_f32_const(x).to_bits()
+    const SMALLEST_NORMAL: f32 = 1.0 / 16384.0;
+    const INFINITY: u32 = 0x7c00;
+    let (bits, magnitude) = (x.to_bits(), x.abs());
+    // The exponents differ by 112; half a unit in the last place less one, and one more if the last bit kept is odd.
+    let rounded = magnitude.to_bits().wrapping_add(0xfff + (bits >> 13 & 1));
+    let normal = (rounded >> 13).wrapping_sub(112 << 10);
+    // The last place of the numbers from 1/2 to 1 is 2^-24, that of the subnormal f16.
+    let subnormal = (magnitude + 0.5).to_bits().wrapping_sub(0.5f32.to_bits());
+    let finite = if magnitude < SMALLEST_NORMAL { subnormal } else { normal.min(INFINITY) };
+    let all = if x.is_nan() { 0x7e00 } else { finite };
+    (all | bits >> 16 & 0x8000) as u16
+}
+
+/// `f16_to_f32(f16_bits(x))` in fewer steps, all of them f32 and u32, so that lanes stay as wide as they are.
+#[inline(always)]
+pub fn round_f16(x: f32) -> f32 {
+    const SMALLEST_NORMAL: f32 = 1.0 / 16384.0;
+    const LARGEST: f32 = 65504.0;
+    let magnitude = x.abs();
+    let bits = magnitude.to_bits();
+    let normal = f32::from_bits(bits.wrapping_add(0xfff + (bits >> 13 & 1)) & !0x1fff);
+    let subnormal = (magnitude + 0.5) - 0.5;
+    let rounded = if magnitude < SMALLEST_NORMAL { subnormal } else { normal };
+    let rounded = if rounded > LARGEST { f32::INFINITY } else { rounded };
+    let rounded = if magnitude.is_nan() { f32::NAN } else { rounded };
+    f32::from_bits(rounded.to_bits() | x.to_bits() & 0x8000_0000)
+}
+
+/// The f32 of an f16's bits. A NaN becomes a quiet one.
+#[inline(always)]
+pub fn f16_to_f32(bits: u16) -> f32 {
+    const EXPONENT: u32 = 0x7c00;
+    let (sign, magnitude) = (u32::from(bits & 0x8000) << 16, u32::from(bits & 0x7fff));
+    // The exponents differ by 112. The product is exact, of the subnormal numbers too.
+    let finite = f32::from_bits(magnitude << 13) * f32::from_bits((127 + 112) << 23);
+    let special =
+        if magnitude > EXPONENT { f32::NAN.to_bits() | magnitude << 13 } else { f32::INFINITY.to_bits() };
+    f32::from_bits(sign | if magnitude < EXPONENT { finite.to_bits() } else { special })
 }
 
 /// The f16 at `offset` of a block.
 pub fn f16_at(block: &[u8], offset: usize) -> f32 {
-    half::f16::from_le_bytes([block[offset], block[offset + 1]]).to_f32()
+    f16_to_f32(u16::from_le_bytes([block[offset], block[offset + 1]]))
 }
 
-/// Stores the nearest f16 at `offset` of a block and returns what was stored.
-fn put_f16(block: &mut [u8], offset: usize, x: f32) -> f32 {
-    let bits = f16_bits(x);
-    block[offset..offset + 2].copy_from_slice(&bits.to_le_bytes());
-    half::f16::from_bits(bits).to_f32()
+/// Stores the nearest f16 at `offset` of a block.
+#[inline(always)]
+fn put_f16(block: &mut [u8], offset: usize, x: f32) {
+    block[offset..offset + 2].copy_from_slice(&f16_bits(x).to_le_bytes());
 }
 
 /// Cuts `src` and `dst` into blocks of `BYTES` and `LEN` and calls `f` on each pair.
+#[inline(always)]
 fn for_each_block<const BYTES: usize, const LEN: usize>(
     src: &[u8],
     dst: &mut [f32],
@@ -89,6 +187,7 @@ fn for_each_block<const BYTES: usize, const LEN: usize>(
 }
 
 /// Writes `scale * code - min` for one block whose sub-blocks have `SUB` weights each.
+#[inline(always)]
 fn expand<const SUB: usize, const LEN: usize>(
     codes: &[i8; LEN],
     scale_min: impl Fn(usize) -> (f32, f32),
@@ -104,19 +203,59 @@ fn expand<const SUB: usize, const LEN: usize>(
     }
 }
 
-/// Cuts `src`, `importance` and `dst` into blocks and calls `f` on each.
-fn quantize_blocks<const LEN: usize, const BYTES: usize>(
-    src: &[f32],
-    importance: Option<&[f32]>,
-    dst: &mut [u8],
-    mut f: impl FnMut(&[f32; LEN], Option<&[f32; LEN]>, &mut [u8; BYTES]),
-) {
+/// The largest of `value(x)`, which must not be below `least`; NaN does not count. Sixteen lanes have a maximum each, for
+/// which the order does not matter, except that of zeros of both signs either may be returned.
+#[inline(always)]
+fn largest<const LEN: usize>(x: &[f32; LEN], least: f32, value: impl Fn(f32) -> f32) -> f32 {
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let mut lanes = [least; 16];
+    for x in x.as_chunks::<16>().0 {
+        for (lane, x) in lanes.iter_mut().zip(x) {
+            *lane = larger(*lane, value(*x));
+        }
+    }
+    for half in [8, 4, 2, 1] {
+        for l in 0..half {
+            lanes[l] = larger(lanes[l], lanes[l + half]);
+        }
+    }
+    lanes[0]
+}
+
+/// Pairs of a block of weights and the bytes that it becomes.
+#[inline(always)]
+fn blocks<'a, const LEN: usize, const BYTES: usize>(
+    src: &'a [f32],
+    dst: &'a mut [u8],
+) -> impl Iterator<Item = (&'a [f32; LEN], &'a mut [u8; BYTES])> {
     let (blocks, floats_left) = src.as_chunks::<LEN>();
     let (outs, bytes_left) = dst.as_chunks_mut::<BYTES>();
     assert!(bytes_left.is_empty() && floats_left.is_empty() && blocks.len() == outs.len(), "whole blocks");
-    let weights = importance.map(|w| w.as_chunks::<LEN>().0);
-    assert!(weights.is_none_or(|w| w.len() == blocks.len()), "one importance weight per column");
-    for (i, (block, out)) in blocks.iter().zip(outs).enumerate() {
-        f(block, weights.map(|w| &w[i]), out);
-    }
+    blocks.iter().zip(outs)
+}
+
+/// Up to `L` blocks that are quantized side by side.
+pub(crate) struct Group<'a, const LEN: usize, const BYTES: usize> {
+    pub x: &'a [[f32; LEN]],
+    pub importance: Option<Importance<'a, LEN>>,
+    pub out: &'a mut [[u8; BYTES]],
+}
+
+/// Cuts whole rows into groups.
+#[inline(always)]
+pub(crate) fn groups<'a, const LEN: usize, const BYTES: usize, const L: usize>(
+    src: &'a [f32],
+    importance: Option<&'a [f32]>,
+    dst: &'a mut [u8],
+) -> impl Iterator<Item = Group<'a, LEN, BYTES>> {
+    let (blocks, floats_left) = src.as_chunks::<LEN>();
+    let (outs, bytes_left) = dst.as_chunks_mut::<BYTES>();
+    assert!(bytes_left.is_empty() && floats_left.is_empty() && blocks.len() == outs.len(), "whole blocks");
+    let row = importance.map(|w| w.as_chunks::<LEN>().0);
+    assert!(row.is_none_or(|row| blocks.len().is_multiple_of(row.len())), "one importance weight per column");
+    blocks.chunks(L).zip(outs.chunks_mut(L)).enumerate().map(move |(i, (x, out))| Group {
+        x,
+        importance: row.map(|row| Importance { row, first: i * L }),
+        out,
+    })
 }

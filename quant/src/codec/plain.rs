@@ -2,7 +2,7 @@
 
 use kestrel_formats::GgmlType;
 
-use super::{Codec, f16_bits, for_each_block, quantize_blocks};
+use super::{Format, blocks, f16_bits, f16_to_f32, for_each_block};
 
 /// IEEE 754 single precision: copied.
 pub struct F32;
@@ -11,48 +11,60 @@ pub struct F16;
 /// The upper half of an f32, rounded to nearest even. A NaN stays a (quiet) NaN.
 pub struct Bf16;
 
-impl Codec for F32 {
-    fn ggml_type(&self) -> GgmlType {
-        GgmlType::F32
+impl Format for F32 {
+    const TYPE: GgmlType = GgmlType::F32;
+
+    #[inline(always)]
+    fn quantize<const L: usize>(src: &[f32], _importance: Option<&[f32]>, dst: &mut [u8]) {
+        for ([x], out) in blocks(src, dst) {
+            *out = x.to_le_bytes();
+        }
     }
 
-    fn quantize(&self, src: &[f32], _importance: Option<&[f32]>, dst: &mut [u8]) {
-        quantize_blocks(src, None, dst, |[x], _, out: &mut [u8; 4]| *out = x.to_le_bytes());
-    }
-
-    fn dequantize(&self, src: &[u8], dst: &mut [f32]) {
+    #[inline(always)]
+    fn dequantize(src: &[u8], dst: &mut [f32]) {
         for_each_block(src, dst, |b: &[u8; 4], out| *out = [f32::from_le_bytes(*b)]);
     }
 }
 
-impl Codec for F16 {
-    fn ggml_type(&self) -> GgmlType {
-        GgmlType::F16
+impl Format for F16 {
+    const TYPE: GgmlType = GgmlType::F16;
+
+    #[inline(always)]
+    fn quantize<const L: usize>(src: &[f32], _importance: Option<&[f32]>, dst: &mut [u8]) {
+        for ([x], out) in blocks(src, dst) {
+            *out = f16_bits(*x).to_le_bytes();
+        }
     }
 
-    fn quantize(&self, src: &[f32], _importance: Option<&[f32]>, dst: &mut [u8]) {
-        quantize_blocks(src, None, dst, |[x], _, out: &mut [u8; 2]| *out = f16_bits(*x).to_le_bytes());
-    }
-
-    fn dequantize(&self, src: &[u8], dst: &mut [f32]) {
-        for_each_block(src, dst, |b: &[u8; 2], out| *out = [half::f16::from_le_bytes(*b).to_f32_const()]);
+    #[inline(always)]
+    fn dequantize(src: &[u8], dst: &mut [f32]) {
+        for_each_block(src, dst, |b: &[u8; 2], out| *out = [f16_to_f32(u16::from_le_bytes(*b))]);
     }
 }
 
-impl Codec for Bf16 {
-    fn ggml_type(&self) -> GgmlType {
-        GgmlType::Bf16
+impl Format for Bf16 {
+    const TYPE: GgmlType = GgmlType::Bf16;
+
+    #[inline(always)]
+    fn quantize<const L: usize>(src: &[f32], _importance: Option<&[f32]>, dst: &mut [u8]) {
+        for ([x], out) in blocks(src, dst) {
+            *out = bf16_bits(*x).to_le_bytes();
+        }
     }
 
-    fn quantize(&self, src: &[f32], _importance: Option<&[f32]>, dst: &mut [u8]) {
-        quantize_blocks(src, None, dst, |[x], _, out: &mut [u8; 2]| {
-            *out = half::bf16::from_f32(*x).to_le_bytes()
-        });
-    }
-
-    fn dequantize(&self, src: &[u8], dst: &mut [f32]) {
+    #[inline(always)]
+    fn dequantize(src: &[u8], dst: &mut [f32]) {
         for_each_block(src, dst, |b: &[u8; 2], out| {
             *out = [f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16)];
         });
     }
+}
+
+/// Bits of the nearest bf16, ties to even. A NaN keeps its upper bits and becomes quiet.
+#[inline(always)]
+fn bf16_bits(x: f32) -> u16 {
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1));
+    ((if x.is_nan() { bits | 0x0040_0000 } else { rounded }) >> 16) as u16
 }

@@ -9,9 +9,9 @@
 
 use kestrel_formats::GgmlType;
 
-use super::{Codec, expand, f16_at, for_each_block, put_f16, quantize_blocks};
+use super::{Format, Group, expand, f16_at, for_each_block, groups, put_f16};
 use crate::scale_search::affine::Search;
-use crate::scale_search::{ErrorWeight, Tile, mean_square};
+use crate::scale_search::{Codes, ErrorWeight, Tile};
 
 /// Weights in a block.
 pub const LEN: usize = 256;
@@ -35,11 +35,13 @@ pub fn scale_min(block: &[u8; BYTES], j: usize) -> (u8, u8) {
 }
 
 /// Two-bit fields of 64 bytes in row order, for Q2_K and Q3_K.
+#[inline(always)]
 pub(super) fn two_bits(qs: &[u8; 64]) -> [u8; LEN] {
     std::array::from_fn(|i| qs[i / 128 * 32 + i % 32] >> (i % 128 / 32 * 2) & 3)
 }
 
 /// The inverse of [`two_bits`]; only the low two bits of each code count.
+#[inline(always)]
 pub(super) fn pack_two_bits(codes: &[u8; LEN]) -> [u8; 64] {
     std::array::from_fn(|i| {
         let at = i / 32 * 128 + i % 32;
@@ -55,33 +57,34 @@ pub fn codes(block: &[u8; BYTES]) -> [i8; LEN] {
 /// The codec of Q2_K.
 pub struct Q2K;
 
-impl Codec for Q2K {
-    fn ggml_type(&self) -> GgmlType {
-        GgmlType::Q2K
-    }
+impl Format for Q2K {
+    const TYPE: GgmlType = GgmlType::Q2K;
 
-    fn quantize(&self, src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
+    #[inline(always)]
+    fn quantize<const L: usize>(src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
         const PLAIN: Search = Search { n_max: 3.0, first: -0.5, step: 0.1, n: 16, min_not_negative: true };
         const WEIGHTED: Search = Search { first: -0.9, step: 0.05, n: 37, ..PLAIN };
-        quantize_blocks(src, importance, dst, |x: &[f32; LEN], w, out: &mut [u8; BYTES]| {
-            let (search, weight) = match w {
-                Some(w) => (&WEIGHTED, ErrorWeight::Importance(w, mean_square(x))),
-                None => (&PLAIN, ErrorWeight::Abs(0.25)),
-            };
-            let tile = Tile::<SUB, 16>::new(x, weight);
-            let block = tile.affine_block(search, 15.0);
-            let mut codes = [0; LEN];
-            tile.affine_codes(&block.fit(), search.n_max, &mut codes);
-            for j in 0..16 {
-                out[SCALES + j] = block.sc[j] as u8 | (block.m[j] as u8) << 4;
+        let (search, weight) = match importance {
+            Some(_) => (&WEIGHTED, ErrorWeight::Importance(1.0)),
+            None => (&PLAIN, ErrorWeight::Abs(0.25)),
+        };
+        for Group { x, importance, out } in groups::<LEN, BYTES, L>(src, importance, dst) {
+            let tile = Tile::<SUB, { LEN / SUB }, L>::new(x, importance, weight);
+            let fitted = tile.affine_blocks(search, 15.0);
+            let codes: Codes<LEN, L> = tile.affine_block_codes(&fitted, search.n_max);
+            for (l, (out, codes)) in out.iter_mut().zip(&codes).enumerate() {
+                for (byte, (sc, m)) in out[SCALES..QS].iter_mut().zip(fitted.sc.iter().zip(&fitted.m)) {
+                    *byte = sc[l] as u8 | (m[l] as u8) << 4;
+                }
+                out[QS..D].copy_from_slice(&pack_two_bits(codes));
+                put_f16(out, D, fitted.d[l]);
+                put_f16(out, DMIN, fitted.dmin[l]);
             }
-            out[QS..D].copy_from_slice(&pack_two_bits(&codes));
-            put_f16(out, D, block.d);
-            put_f16(out, DMIN, block.dmin);
-        });
+        }
     }
 
-    fn dequantize(&self, src: &[u8], dst: &mut [f32]) {
+    #[inline(always)]
+    fn dequantize(src: &[u8], dst: &mut [f32]) {
         for_each_block(src, dst, |b: &[u8; BYTES], out| {
             let (d, dmin) = (f16_at(b, D), f16_at(b, DMIN));
             let scale = |j| {

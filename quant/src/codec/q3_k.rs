@@ -10,10 +10,10 @@
 use kestrel_formats::GgmlType;
 
 use super::q2_k::{pack_two_bits, two_bits};
-use super::{Codec, expand, f16_at, for_each_block, put_f16, quantize_blocks};
+use super::{Format, Group, expand, f16_at, for_each_block, groups, put_f16};
 use crate::scale_search::grid::Integers;
 use crate::scale_search::signed::Search;
-use crate::scale_search::{ErrorWeight, Tile, mean_square};
+use crate::scale_search::{Codes, ErrorWeight, Tile, low_byte};
 
 /// Weights in a block.
 pub const LEN: usize = 256;
@@ -40,6 +40,7 @@ pub fn scale(block: &[u8; BYTES], j: usize) -> i8 {
 }
 
 /// The inverse of [`scale`].
+#[inline(always)]
 fn pack_scales(scales: &[i8; 16]) -> [u8; 12] {
     let s = scales.map(|v| (v + 32) as u8);
     std::array::from_fn(|i| match i {
@@ -57,32 +58,34 @@ pub fn codes(block: &[u8; BYTES]) -> [i8; LEN] {
 /// The codec of Q3_K.
 pub struct Q3K;
 
-impl Codec for Q3K {
-    fn ggml_type(&self) -> GgmlType {
-        GgmlType::Q3K
-    }
+impl Format for Q3K {
+    const TYPE: GgmlType = GgmlType::Q3K;
 
-    fn quantize(&self, src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
+    #[inline(always)]
+    fn quantize<const L: usize>(src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
         const SEARCH: Search = Search { step: 0.1, n: 9 };
-        quantize_blocks(src, importance, dst, |x: &[f32; LEN], w, out: &mut [u8; BYTES]| {
-            let weight = match w {
-                Some(w) => ErrorWeight::Importance(w, 2.0 * mean_square(x)),
-                None => ErrorWeight::Square,
-            };
-            let tile = Tile::<SUB, 16>::new(x, weight);
-            let block = tile.signed_block::<Integers<4>>(&SEARCH, 32.0);
-            let mut codes = [0; LEN];
-            tile.signed_codes::<Integers<4>>(&block.scales(), |g| (g + 4.0) as u8, &mut codes);
-            for i in 0..32 {
-                out[HMASK + i] = (0..8).fold(0, |bits, k| bits | (codes[32 * k + i] >> 2) << k);
+        let weight = match importance {
+            Some(_) => ErrorWeight::Importance(2.0),
+            None => ErrorWeight::Square,
+        };
+        for Group { x, importance, out } in groups::<LEN, BYTES, L>(src, importance, dst) {
+            let tile = Tile::<SUB, { LEN / SUB }, L>::new(x, importance, weight);
+            let fitted = tile.signed_blocks::<Integers<4>>(&SEARCH, 32.0);
+            let codes: Codes<LEN, L> =
+                tile.signed_block_codes::<Integers<4>, LEN>(&fitted, |g| low_byte(g + 4.0));
+            for (l, (out, codes)) in out.iter_mut().zip(&codes).enumerate() {
+                for i in 0..32 {
+                    out[HMASK + i] = (0..8).fold(0, |bits, k| bits | (codes[32 * k + i] >> 2) << k);
+                }
+                out[QS..SCALES].copy_from_slice(&pack_two_bits(codes));
+                out[SCALES..D].copy_from_slice(&pack_scales(&fitted.sc.map(|sc| sc[l] as i8)));
+                put_f16(out, D, fitted.d[l]);
             }
-            out[QS..SCALES].copy_from_slice(&pack_two_bits(&codes));
-            out[SCALES..D].copy_from_slice(&pack_scales(&block.sc.map(|v| v as i8)));
-            put_f16(out, D, block.d);
-        });
+        }
     }
 
-    fn dequantize(&self, src: &[u8], dst: &mut [f32]) {
+    #[inline(always)]
+    fn dequantize(src: &[u8], dst: &mut [f32]) {
         for_each_block(src, dst, |b: &[u8; BYTES], out| {
             let d = f16_at(b, D);
             expand::<SUB, LEN>(&codes(b), |j| (d * f32::from(scale(b, j)), 0.0), out);

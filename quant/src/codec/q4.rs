@@ -10,8 +10,8 @@
 
 use kestrel_formats::GgmlType;
 
-use super::{Codec, expand, f16_at, for_each_block, put_f16, quantize_blocks};
-use crate::scale_search::{affine, grid, signed};
+use super::{Format, blocks, expand, f16_at, for_each_block, largest, put_f16};
+use crate::scale_search::{affine, grid, low_byte, round, signed};
 
 /// Weights in a block.
 pub const LEN: usize = 32;
@@ -31,11 +31,13 @@ pub const Q4_1_QS: usize = 4;
 pub const Q4_0_BIAS: u8 = 8;
 
 /// Nibbles of 16 bytes in row order: the low ones, then the high ones.
+#[inline(always)]
 pub fn nibbles(qs: &[u8; 16]) -> [u8; LEN] {
     std::array::from_fn(|i| if i < 16 { qs[i] & 15 } else { qs[i - 16] >> 4 })
 }
 
 /// The inverse of [`nibbles`].
+#[inline(always)]
 pub fn pack_nibbles(codes: &[u8; LEN]) -> [u8; 16] {
     std::array::from_fn(|i| codes[i] | codes[i + 16] << 4)
 }
@@ -60,34 +62,36 @@ pub struct Q4_0;
 /// The codec of Q4_1.
 pub struct Q4_1;
 
-impl Codec for Q4_0 {
-    fn ggml_type(&self) -> GgmlType {
-        GgmlType::Q4_0
-    }
+impl Format for Q4_0 {
+    const TYPE: GgmlType = GgmlType::Q4_0;
 
     /// Byte-identical to ggml without importance.
-    fn quantize(&self, src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
+    #[inline(always)]
+    fn quantize<const L: usize>(src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
         let pack = |d: f32, codes: &[u8; LEN], out: &mut [u8; Q4_0_BYTES]| {
             put_f16(out, D, d);
             out[Q4_0_QS..].copy_from_slice(&pack_nibbles(codes));
         };
         match importance {
-            None => quantize_blocks(src, None, dst, |x, _, out| {
-                let (d, codes) = round_signed(x, 8.0);
-                pack(d, &codes, out);
-            }),
-            Some(w) => signed::quantize_single::<grid::Integers<8>, LEN, Q4_0_BYTES>(
+            None => {
+                for (x, out) in blocks(src, dst) {
+                    let (d, codes) = round_signed(x, 8.0);
+                    pack(d, &codes, out);
+                }
+            }
+            Some(w) => signed::quantize_single::<grid::Integers<8>, LEN, Q4_0_BYTES, L>(
                 src,
                 Some(w),
                 dst,
                 &SIGNED_SEARCH,
-                |g| (g + f32::from(Q4_0_BIAS)) as u8,
+                |g| low_byte(g + f32::from(Q4_0_BIAS)),
                 pack,
             ),
         }
     }
 
-    fn dequantize(&self, src: &[u8], dst: &mut [f32]) {
+    #[inline(always)]
+    fn dequantize(src: &[u8], dst: &mut [f32]) {
         for_each_block(src, dst, |b: &[u8; Q4_0_BYTES], out| {
             let d = f16_at(b, D);
             expand::<LEN, LEN>(&q4_0_codes(b), |_| (d, 0.0), out);
@@ -95,31 +99,33 @@ impl Codec for Q4_0 {
     }
 }
 
-impl Codec for Q4_1 {
-    fn ggml_type(&self) -> GgmlType {
-        GgmlType::Q4_1
-    }
+impl Format for Q4_1 {
+    const TYPE: GgmlType = GgmlType::Q4_1;
 
     /// Byte-identical to ggml without importance.
-    fn quantize(&self, src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
+    #[inline(always)]
+    fn quantize<const L: usize>(src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
         let pack = |d: f32, m: f32, codes: &[u8; LEN], out: &mut [u8; Q4_1_BYTES]| {
             put_f16(out, D, d);
             put_f16(out, M, m);
             out[Q4_1_QS..].copy_from_slice(&pack_nibbles(codes));
         };
         match importance {
-            None => quantize_blocks(src, None, dst, |x, _, out| {
-                let (d, m, codes) = round_affine(x, 15);
-                pack(d, m, &codes, out);
-            }),
+            None => {
+                for (x, out) in blocks(src, dst) {
+                    let (d, m, codes) = round_affine(x, 15.0);
+                    pack(d, m, &codes, out);
+                }
+            }
             Some(w) => {
                 let search = affine::Search { n_max: 15.0, ..AFFINE_SEARCH };
-                affine::quantize_single::<LEN, Q4_1_BYTES>(src, w, dst, &search, pack);
+                affine::quantize_single::<LEN, Q4_1_BYTES, L>(src, w, dst, &search, pack);
             }
         }
     }
 
-    fn dequantize(&self, src: &[u8], dst: &mut [f32]) {
+    #[inline(always)]
+    fn dequantize(src: &[u8], dst: &mut [f32]) {
         for_each_block(src, dst, |b: &[u8; Q4_1_BYTES], out| {
             let (d, m) = (f16_at(b, D), f16_at(b, M));
             expand::<LEN, LEN>(&q4_1_codes(b), |_| (d, -m), out);
@@ -134,21 +140,46 @@ pub(super) const SIGNED_SEARCH: signed::Search = signed::Search { step: 0.1, n: 
 pub(super) const AFFINE_SEARCH: affine::Search =
     affine::Search { n_max: 0.0, first: -0.9, step: 0.05, n: 37, min_not_negative: false };
 
-/// ggml's rounding for Q4_0 and Q5_0: the weight of the largest magnitude becomes the code `-half` exactly. The codes
-/// returned have `half` added.
+/// ggml's rounding for Q4_0 and Q5_0: the (first) weight of the largest magnitude becomes the code `-half` exactly. The
+/// codes returned have `half` added.
+#[inline(always)]
 pub(super) fn round_signed(x: &[f32; LEN], half: f32) -> (f32, [u8; LEN]) {
-    let peak = x.iter().fold(0f32, |m, v| if v.abs() > m.abs() { *v } else { m });
+    let (above, below) = (largest(x, 0.0, |v| v), largest(x, 0.0, |v| -v));
+    let peak = if above > below {
+        above
+    } else if below > above {
+        -below
+    } else {
+        x.iter().fold(0f32, |m, v| if v.abs() > m.abs() { *v } else { m })
+    };
     let d = peak / -half;
     let inverse = if d != 0.0 { 1.0 / d } else { 0.0 };
-    let top = (2.0 * half) as u8 - 1;
-    (d, x.map(|v| ((v * inverse + (half + 0.5)) as u8).min(top)))
+    (d, codes(x, |v| v * inverse + (half + 0.5), 2.0 * half - 1.0))
 }
 
 /// ggml's rounding for Q4_1 and Q5_1: the smallest weight becomes code 0, the largest `n_max`. Returns d, m, codes.
-pub(super) fn round_affine(x: &[f32; LEN], n_max: u8) -> (f32, f32, [u8; LEN]) {
-    let lo = x.iter().fold(f32::MAX, |m, v| if *v < m { *v } else { m });
-    let hi = x.iter().fold(f32::MIN, |m, v| if *v > m { *v } else { m });
-    let d = (hi - lo) / f32::from(n_max);
+#[inline(always)]
+pub(super) fn round_affine(x: &[f32; LEN], n_max: f32) -> (f32, f32, [u8; LEN]) {
+    let lo = -largest(x, f32::MIN, |v| -v);
+    let hi = largest(x, f32::MIN, |v| v);
+    // Of zeros of both signs the first counts.
+    let lo = if lo == 0.0 { x.iter().find(|v| **v == 0.0).copied().unwrap_or(lo) } else { lo };
+    let hi = if hi == lo { lo } else { hi };
+    let d = (hi - lo) / n_max;
     let inverse = if d != 0.0 { 1.0 / d } else { 0.0 };
-    (d, lo, x.map(|v| (((v - lo) * inverse + 0.5) as u8).min(n_max)))
+    (d, lo, codes(x, |v| (v - lo) * inverse + 0.5, n_max))
+}
+
+/// The integer part of `code` of each weight, limited to `0..=top`; 0 for NaN.
+#[inline(always)]
+fn codes(x: &[f32; LEN], code: impl Fn(f32) -> f32, top: f32) -> [u8; LEN] {
+    let mut codes = [0; LEN];
+    for (c, v) in codes.iter_mut().zip(x) {
+        let t = code(*v);
+        let nearest = round(t);
+        let floor = if nearest > t { nearest - 1.0 } else { nearest };
+        let floor = if floor > 0.0 { floor } else { 0.0 };
+        *c = low_byte(if floor < top { floor } else { top });
+    }
+    codes
 }

@@ -9,9 +9,9 @@
 
 use kestrel_formats::GgmlType;
 
-use super::{Codec, expand, f16_at, for_each_block, put_f16, quantize_blocks};
-use crate::scale_search::affine::{Block, Search};
-use crate::scale_search::{ErrorWeight, Tile, mean_square};
+use super::{Format, Group, expand, f16_at, for_each_block, groups, put_f16};
+use crate::scale_search::affine::{Blocks, Search};
+use crate::scale_search::{Codes, ErrorWeight, Importance, Tile};
 
 /// Weights in a block.
 pub const LEN: usize = 256;
@@ -41,6 +41,7 @@ pub fn scale_min(scales: &[u8; 12], j: usize) -> (u8, u8) {
 }
 
 /// The inverse of [`scale_min`].
+#[inline(always)]
 pub fn pack_scale_min(sc: &[u8; 8], m: &[u8; 8]) -> [u8; 12] {
     std::array::from_fn(|i| match i {
         0..4 => sc[i] | (sc[i + 4] >> 4) << 6,
@@ -65,26 +66,28 @@ pub fn codes(block: &[u8; BYTES]) -> [i8; LEN] {
 /// The codec of Q4_K.
 pub struct Q4K;
 
-impl Codec for Q4K {
-    fn ggml_type(&self) -> GgmlType {
-        GgmlType::Q4K
-    }
+impl Format for Q4K {
+    const TYPE: GgmlType = GgmlType::Q4K;
 
-    fn quantize(&self, src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
+    #[inline(always)]
+    fn quantize<const L: usize>(src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
         const PLAIN: Search = Search { n_max: 15.0, first: -1.0, step: 0.1, n: 21, min_not_negative: true };
         const WEIGHTED: Search = Search { first: -0.9, step: 0.05, n: 37, ..PLAIN };
-        quantize_blocks(src, importance, dst, |x: &[f32; LEN], w, out: &mut [u8; BYTES]| {
-            let search = if w.is_some() { &WEIGHTED } else { &PLAIN };
-            let (block, codes) = fit_block(x, w, search);
-            out[..QS].copy_from_slice(&pack_head(&block));
-            for (i, byte) in out[QS..].iter_mut().enumerate() {
-                let at = i / 32 * 64 + i % 32;
-                *byte = codes[at] | codes[at + 32] << 4;
+        let search = if importance.is_some() { &WEIGHTED } else { &PLAIN };
+        for Group { x, importance, out } in groups::<LEN, BYTES, L>(src, importance, dst) {
+            let (fitted, codes) = fit_blocks::<L>(x, importance, search);
+            for (l, (out, codes)) in out.iter_mut().zip(&codes).enumerate() {
+                out[..QS].copy_from_slice(&pack_head(&fitted, l));
+                for (i, byte) in out[QS..].iter_mut().enumerate() {
+                    let at = i / 32 * 64 + i % 32;
+                    *byte = codes[at] | codes[at + 32] << 4;
+                }
             }
-        });
+        }
     }
 
-    fn dequantize(&self, src: &[u8], dst: &mut [f32]) {
+    #[inline(always)]
+    fn dequantize(src: &[u8], dst: &mut [f32]) {
         for_each_block(src, dst, |b: &[u8; BYTES], out| {
             expand::<SUB, LEN>(&codes(b), sub_scales(packed_scales(b), f16_at(b, D), f16_at(b, DMIN)), out);
         });
@@ -99,29 +102,31 @@ pub(super) fn sub_scales(packed: &[u8; 12], d: f32, dmin: f32) -> impl Fn(usize)
     }
 }
 
-/// Fits the scales and codes of a Q4_K or Q5_K block, with ggml's error weights.
-pub(super) fn fit_block(
-    x: &[f32; LEN],
-    importance: Option<&[f32; LEN]>,
+/// Fits the scales and codes of Q4_K or Q5_K blocks, with ggml's error weights.
+#[inline(always)]
+pub(super) fn fit_blocks<const L: usize>(
+    x: &[[f32; LEN]],
+    importance: Option<Importance<LEN>>,
     search: &Search,
-) -> (Block<8>, [u8; LEN]) {
+) -> (Blocks<8, L>, Codes<LEN, L>) {
     let weight = match importance {
-        Some(w) => ErrorWeight::Importance(w, 2.0 * mean_square(x)),
+        Some(_) => ErrorWeight::Importance(2.0),
         None => ErrorWeight::Abs(1.0),
     };
-    let tile = Tile::<SUB, 8>::new(x, weight);
-    let block = tile.affine_block(search, 63.0);
-    let mut codes = [0; LEN];
-    tile.affine_codes(&block.fit(), search.n_max, &mut codes);
-    (block, codes)
+    let tile = Tile::<SUB, 8, L>::new(x, importance, weight);
+    let fitted = tile.affine_blocks(search, 63.0);
+    let codes = tile.affine_block_codes(&fitted, search.n_max);
+    (fitted, codes)
 }
 
-/// The first 16 bytes of a Q4_K or Q5_K block.
-pub(super) fn pack_head(block: &Block<8>) -> [u8; QS] {
+/// The first 16 bytes of the Q4_K or Q5_K block in lane l.
+#[inline(always)]
+pub(super) fn pack_head<const L: usize>(fitted: &Blocks<8, L>, l: usize) -> [u8; QS] {
     let mut head = [0; QS];
-    put_f16(&mut head, D, block.d);
-    put_f16(&mut head, DMIN, block.dmin);
-    head[SCALES..].copy_from_slice(&pack_scale_min(&block.sc.map(|v| v as u8), &block.m.map(|v| v as u8)));
+    put_f16(&mut head, D, fitted.d[l]);
+    put_f16(&mut head, DMIN, fitted.dmin[l]);
+    let (sc, m) = (fitted.sc.map(|sc| sc[l] as u8), fitted.m.map(|m| m[l] as u8));
+    head[SCALES..].copy_from_slice(&pack_scale_min(&sc, &m));
     head
 }
 

@@ -12,8 +12,8 @@
 use kestrel_formats::GgmlType;
 
 use super::q4::{AFFINE_SEARCH, SIGNED_SEARCH, nibbles, pack_nibbles, round_affine, round_signed, tail};
-use super::{Codec, expand, f16_at, for_each_block, put_f16, quantize_blocks};
-use crate::scale_search::{affine, grid, signed};
+use super::{Format, blocks, expand, f16_at, for_each_block, put_f16};
+use crate::scale_search::{affine, grid, low_byte, signed};
 
 /// Weights in a block.
 pub const LEN: usize = 32;
@@ -37,6 +37,7 @@ pub const Q5_1_QS: usize = 8;
 pub const Q5_0_BIAS: u8 = 16;
 
 /// Codes in row order from the fifth bits and the nibbles that follow them.
+#[inline(always)]
 fn unpack(qh_qs: &[u8; 20]) -> [u8; LEN] {
     let (qh, qs) = qh_qs.split_first_chunk::<4>().expect("4 of 20 bytes");
     let qh = u32::from_le_bytes(*qh);
@@ -45,6 +46,7 @@ fn unpack(qh_qs: &[u8; 20]) -> [u8; LEN] {
 }
 
 /// The inverse of [`unpack`].
+#[inline(always)]
 fn pack_codes(codes: &[u8; LEN]) -> [u8; 20] {
     let qh = codes.iter().enumerate().fold(0u32, |bits, (i, c)| bits | u32::from(c >> 4 & 1) << i);
     let mut out = [0; 20];
@@ -68,34 +70,36 @@ pub struct Q5_0;
 /// The codec of Q5_1.
 pub struct Q5_1;
 
-impl Codec for Q5_0 {
-    fn ggml_type(&self) -> GgmlType {
-        GgmlType::Q5_0
-    }
+impl Format for Q5_0 {
+    const TYPE: GgmlType = GgmlType::Q5_0;
 
     /// Byte-identical to ggml without importance.
-    fn quantize(&self, src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
+    #[inline(always)]
+    fn quantize<const L: usize>(src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
         let pack = |d: f32, codes: &[u8; LEN], out: &mut [u8; Q5_0_BYTES]| {
             put_f16(out, D, d);
             out[Q5_0_QH..].copy_from_slice(&pack_codes(codes));
         };
         match importance {
-            None => quantize_blocks(src, None, dst, |x, _, out| {
-                let (d, codes) = round_signed(x, 16.0);
-                pack(d, &codes, out);
-            }),
-            Some(w) => signed::quantize_single::<grid::Integers<16>, LEN, Q5_0_BYTES>(
+            None => {
+                for (x, out) in blocks(src, dst) {
+                    let (d, codes) = round_signed(x, 16.0);
+                    pack(d, &codes, out);
+                }
+            }
+            Some(w) => signed::quantize_single::<grid::Integers<16>, LEN, Q5_0_BYTES, L>(
                 src,
                 Some(w),
                 dst,
                 &SIGNED_SEARCH,
-                |g| (g + f32::from(Q5_0_BIAS)) as u8,
+                |g| low_byte(g + f32::from(Q5_0_BIAS)),
                 pack,
             ),
         }
     }
 
-    fn dequantize(&self, src: &[u8], dst: &mut [f32]) {
+    #[inline(always)]
+    fn dequantize(src: &[u8], dst: &mut [f32]) {
         for_each_block(src, dst, |b: &[u8; Q5_0_BYTES], out| {
             let d = f16_at(b, D);
             expand::<LEN, LEN>(&q5_0_codes(b), |_| (d, 0.0), out);
@@ -103,31 +107,33 @@ impl Codec for Q5_0 {
     }
 }
 
-impl Codec for Q5_1 {
-    fn ggml_type(&self) -> GgmlType {
-        GgmlType::Q5_1
-    }
+impl Format for Q5_1 {
+    const TYPE: GgmlType = GgmlType::Q5_1;
 
     /// Byte-identical to ggml without importance.
-    fn quantize(&self, src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
+    #[inline(always)]
+    fn quantize<const L: usize>(src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
         let pack = |d: f32, m: f32, codes: &[u8; LEN], out: &mut [u8; Q5_1_BYTES]| {
             put_f16(out, D, d);
             put_f16(out, M, m);
             out[Q5_1_QH..].copy_from_slice(&pack_codes(codes));
         };
         match importance {
-            None => quantize_blocks(src, None, dst, |x, _, out| {
-                let (d, m, codes) = round_affine(x, 31);
-                pack(d, m, &codes, out);
-            }),
+            None => {
+                for (x, out) in blocks(src, dst) {
+                    let (d, m, codes) = round_affine(x, 31.0);
+                    pack(d, m, &codes, out);
+                }
+            }
             Some(w) => {
                 let search = affine::Search { n_max: 31.0, ..AFFINE_SEARCH };
-                affine::quantize_single::<LEN, Q5_1_BYTES>(src, w, dst, &search, pack);
+                affine::quantize_single::<LEN, Q5_1_BYTES, L>(src, w, dst, &search, pack);
             }
         }
     }
 
-    fn dequantize(&self, src: &[u8], dst: &mut [f32]) {
+    #[inline(always)]
+    fn dequantize(src: &[u8], dst: &mut [f32]) {
         for_each_block(src, dst, |b: &[u8; Q5_1_BYTES], out| {
             let (d, m) = (f16_at(b, D), f16_at(b, M));
             expand::<LEN, LEN>(&q5_1_codes(b), |_| (d, -m), out);

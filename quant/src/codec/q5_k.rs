@@ -8,8 +8,8 @@
 
 use kestrel_formats::GgmlType;
 
-use super::q4_k::{fit_block, pack_head, sub_scales};
-use super::{Codec, expand, f16_at, for_each_block, quantize_blocks};
+use super::q4_k::{fit_blocks, pack_head, sub_scales};
+use super::{Format, Group, expand, f16_at, for_each_block, groups};
 use crate::scale_search::affine::Search;
 
 /// Weights in a block.
@@ -46,29 +46,31 @@ pub fn codes(block: &[u8; BYTES]) -> [i8; LEN] {
 /// The codec of Q5_K.
 pub struct Q5K;
 
-impl Codec for Q5K {
-    fn ggml_type(&self) -> GgmlType {
-        GgmlType::Q5K
-    }
+impl Format for Q5K {
+    const TYPE: GgmlType = GgmlType::Q5K;
 
-    fn quantize(&self, src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
+    #[inline(always)]
+    fn quantize<const L: usize>(src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
         const PLAIN: Search = Search { n_max: 31.0, first: -0.5, step: 0.1, n: 16, min_not_negative: true };
         const WEIGHTED: Search = Search { first: -0.9, step: 0.05, n: 37, ..PLAIN };
-        quantize_blocks(src, importance, dst, |x: &[f32; LEN], w, out: &mut [u8; BYTES]| {
-            let search = if w.is_some() { &WEIGHTED } else { &PLAIN };
-            let (block, codes) = fit_block(x, w, search);
-            out[..QH].copy_from_slice(&pack_head(&block));
-            for i in 0..32 {
-                out[QH + i] = (0..8).fold(0, |bits, j| bits | (codes[32 * j + i] >> 4) << j);
+        let search = if importance.is_some() { &WEIGHTED } else { &PLAIN };
+        for Group { x, importance, out } in groups::<LEN, BYTES, L>(src, importance, dst) {
+            let (fitted, codes) = fit_blocks::<L>(x, importance, search);
+            for (l, (out, codes)) in out.iter_mut().zip(&codes).enumerate() {
+                out[..QH].copy_from_slice(&pack_head(&fitted, l));
+                for i in 0..32 {
+                    out[QH + i] = (0..8).fold(0, |bits, j| bits | (codes[32 * j + i] >> 4) << j);
+                }
+                for (i, byte) in out[QS..].iter_mut().enumerate() {
+                    let at = i / 32 * 64 + i % 32;
+                    *byte = (codes[at] & 15) | (codes[at + 32] & 15) << 4;
+                }
             }
-            for (i, byte) in out[QS..].iter_mut().enumerate() {
-                let at = i / 32 * 64 + i % 32;
-                *byte = (codes[at] & 15) | (codes[at + 32] & 15) << 4;
-            }
-        });
+        }
     }
 
-    fn dequantize(&self, src: &[u8], dst: &mut [f32]) {
+    #[inline(always)]
+    fn dequantize(src: &[u8], dst: &mut [f32]) {
         for_each_block(src, dst, |b: &[u8; BYTES], out| {
             expand::<SUB, LEN>(&codes(b), sub_scales(packed_scales(b), f16_at(b, D), f16_at(b, DMIN)), out);
         });

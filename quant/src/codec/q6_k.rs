@@ -10,10 +10,10 @@
 use kestrel_formats::GgmlType;
 
 use super::q2_k::{pack_two_bits, two_bits};
-use super::{Codec, expand, f16_at, for_each_block, put_f16, quantize_blocks};
+use super::{Format, Group, expand, f16_at, for_each_block, groups, put_f16};
 use crate::scale_search::grid::Integers;
 use crate::scale_search::signed::Search;
-use crate::scale_search::{ErrorWeight, Tile};
+use crate::scale_search::{Codes, ErrorWeight, Tile, low_byte};
 
 /// Weights in a block.
 pub const LEN: usize = 256;
@@ -48,35 +48,37 @@ pub fn scale(block: &[u8; BYTES], j: usize) -> i8 {
 /// The codec of Q6_K.
 pub struct Q6K;
 
-impl Codec for Q6K {
-    fn ggml_type(&self) -> GgmlType {
-        GgmlType::Q6K
-    }
+impl Format for Q6K {
+    const TYPE: GgmlType = GgmlType::Q6K;
 
-    fn quantize(&self, src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
+    #[inline(always)]
+    fn quantize<const L: usize>(src: &[f32], importance: Option<&[f32]>, dst: &mut [u8]) {
         const SEARCH: Search = Search { step: 0.1, n: 9 };
-        quantize_blocks(src, importance, dst, |x: &[f32; LEN], w, out: &mut [u8; BYTES]| {
-            let weight = match w {
-                Some(w) => ErrorWeight::ImportanceOnly(w),
-                None => ErrorWeight::Square,
-            };
-            let tile = Tile::<SUB, 16>::new(x, weight);
-            let block = tile.signed_block::<Integers<32>>(&SEARCH, 128.0);
-            let mut codes = [0; LEN];
-            tile.signed_codes::<Integers<32>>(&block.scales(), |g| (g + 32.0) as u8, &mut codes);
-            for (i, byte) in out[..QH].iter_mut().enumerate() {
-                let at = i / 64 * 128 + i % 64;
-                *byte = (codes[at] & 15) | (codes[at + 64] & 15) << 4;
+        let weight = match importance {
+            Some(_) => ErrorWeight::ImportanceOnly,
+            None => ErrorWeight::Square,
+        };
+        for Group { x, importance, out } in groups::<LEN, BYTES, L>(src, importance, dst) {
+            let tile = Tile::<SUB, { LEN / SUB }, L>::new(x, importance, weight);
+            let fitted = tile.signed_blocks::<Integers<32>>(&SEARCH, 128.0);
+            let codes: Codes<LEN, L> =
+                tile.signed_block_codes::<Integers<32>, LEN>(&fitted, |g| low_byte(g + 32.0));
+            for (l, (out, codes)) in out.iter_mut().zip(&codes).enumerate() {
+                for (i, byte) in out[..QH].iter_mut().enumerate() {
+                    let at = i / 64 * 128 + i % 64;
+                    *byte = (codes[at] & 15) | (codes[at + 64] & 15) << 4;
+                }
+                out[QH..SCALES].copy_from_slice(&pack_two_bits(&codes.map(|c| c >> 4)));
+                for (byte, sc) in out[SCALES..D].iter_mut().zip(&fitted.sc) {
+                    *byte = sc[l] as i8 as u8;
+                }
+                put_f16(out, D, fitted.d[l]);
             }
-            out[QH..SCALES].copy_from_slice(&pack_two_bits(&codes.map(|c| c >> 4)));
-            for (byte, sc) in out[SCALES..D].iter_mut().zip(block.sc) {
-                *byte = sc as i8 as u8;
-            }
-            put_f16(out, D, block.d);
-        });
+        }
     }
 
-    fn dequantize(&self, src: &[u8], dst: &mut [f32]) {
+    #[inline(always)]
+    fn dequantize(src: &[u8], dst: &mut [f32]) {
         for_each_block(src, dst, |b: &[u8; BYTES], out| {
             let d = f16_at(b, D);
             expand::<SUB, LEN>(&codes(b), |j| (d * f32::from(scale(b, j)), 0.0), out);

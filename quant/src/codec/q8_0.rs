@@ -7,7 +7,8 @@
 
 use kestrel_formats::GgmlType;
 
-use super::{Codec, expand, f16_at, for_each_block, put_f16, quantize_blocks};
+use super::{Format, blocks, expand, f16_at, for_each_block, largest, put_f16};
+use crate::scale_search::{limit, low_byte, round};
 
 /// Weights in a block.
 pub const LEN: usize = 32;
@@ -26,25 +27,28 @@ pub fn codes(block: &[u8; BYTES]) -> [i8; LEN] {
 /// The codec of Q8_0.
 pub struct Q8_0;
 
-impl Codec for Q8_0 {
-    fn ggml_type(&self) -> GgmlType {
-        GgmlType::Q8_0
-    }
+impl Format for Q8_0 {
+    const TYPE: GgmlType = GgmlType::Q8_0;
 
     /// Byte-identical to ggml, which also ignores the importance here.
-    fn quantize(&self, src: &[f32], _importance: Option<&[f32]>, dst: &mut [u8]) {
-        quantize_blocks(src, None, dst, |x: &[f32; LEN], _, out: &mut [u8; BYTES]| {
-            let amax = x.iter().fold(0f32, |m, v| if v.abs() > m { v.abs() } else { m });
+    #[inline(always)]
+    fn quantize<const L: usize>(src: &[f32], _importance: Option<&[f32]>, dst: &mut [u8]) {
+        for (x, out) in blocks::<LEN, BYTES>(src, dst) {
+            let amax = largest(x, 0.0, f32::abs);
             let d = amax / 127.0;
             let inverse = if d != 0.0 { 1.0 / d } else { 0.0 };
             put_f16(out, D, d);
             for (q, v) in out[QS..].iter_mut().zip(x) {
-                *q = round_half_away(v * inverse) as i8 as u8;
+                // Where d is so small that its inverse is infinite, the largest code, and none for 0.
+                let code = round_half_away(v * inverse);
+                let code = if code.is_nan() { 0.0 } else { code };
+                *q = low_byte(limit(code, -128.0, 127.0));
             }
-        });
+        }
     }
 
-    fn dequantize(&self, src: &[u8], dst: &mut [f32]) {
+    #[inline(always)]
+    fn dequantize(src: &[u8], dst: &mut [f32]) {
         for_each_block(src, dst, |b: &[u8; BYTES], out| {
             let d = f16_at(b, D);
             expand::<LEN, LEN>(&codes(b), |_| (d, 0.0), out);
@@ -53,10 +57,10 @@ impl Codec for Q8_0 {
 }
 
 /// `x.round()` for |x| < 2^22, in operations that vectorise: rounds to even, then undoes the even tie.
+#[inline(always)]
 fn round_half_away(x: f32) -> f32 {
-    const MAGIC: f32 = 12_582_912.0; // 1.5 * 2^23
     let a = x.abs();
-    let even = (a + MAGIC) - MAGIC;
+    let even = round(a);
     let away = if a - even == 0.5 { even + 1.0 } else { even };
     if x < 0.0 { -away } else { away }
 }

@@ -1,9 +1,13 @@
 //! Codes without sign: `weight = scale * code - min`, codes `0 ..= n_max`.
 
+// Sub-block j and lane l index several arrays at once.
+#![allow(clippy::needless_range_loop)]
+
 use super::{
-    Lanes, SIDE_BY_SIDE, STARTS, TINY, Tile, integers, inverse, limit, mean_square, round, round_f16,
-    single_level_weight, start_factor, total,
+    Codes, ErrorWeight, Lanes, STARTS, Sub, TINY, Tile, add, any_less, integers, inverse, limit, low_byte,
+    map, map2, mean_square, ratio, round, round_f16, start_factor, total,
 };
+use crate::codec::{Group, groups};
 
 /// What a search tries.
 #[derive(Clone, Copy)]
@@ -30,6 +34,7 @@ pub struct Fit<const L: usize> {
 }
 
 /// Sums over a sub-block that do not depend on codes.
+#[derive(Clone, Copy)]
 struct Totals<const L: usize> {
     w: Lanes<L>,
     wx: Lanes<L>,
@@ -42,12 +47,14 @@ struct Sums<const L: usize> {
     wqx: Lanes<L>,
 }
 
-impl<const N: usize, const L: usize> Tile<N, L> {
-    fn affine_sums(&self, inverse: &Lanes<L>, min: &Lanes<L>, n_max: f32) -> Sums<L> {
+impl<const N: usize, const L: usize> Sub<N, L> {
+    /// `code(i, l)` is the code of weight i in lane l.
+    #[inline(always)]
+    fn affine_sums(&self, code: impl Fn(usize, usize) -> f32) -> Sums<L> {
         let mut s = Sums { wq: [0.0; L], wqq: [0.0; L], wqx: [0.0; L] };
-        for (x, w) in self.x.iter().zip(&self.w) {
+        for (i, (x, w)) in self.x.iter().zip(&self.w).enumerate() {
             for l in 0..L {
-                let q = limit(round((x[l] + min[l]) * inverse[l]), 0.0, n_max);
+                let q = code(i, l);
                 let wq = w[l] * q;
                 s.wq[l] += wq;
                 s.wqq[l] += wq * q;
@@ -57,8 +64,15 @@ impl<const N: usize, const L: usize> Tile<N, L> {
         s
     }
 
+    /// The code of weight i in lane l.
+    #[inline(always)]
+    fn affine_code(&self, inverse: &Lanes<L>, min: &Lanes<L>, n_max: f32) -> impl Fn(usize, usize) -> f32 {
+        move |i, l| limit(round((self.x[i][l] + min[l]) * inverse[l]), 0.0, n_max)
+    }
+
     /// Weighted squared error of each lane after rounding with this fit.
-    pub fn affine_error(&self, fit: &Fit<L>, n_max: f32) -> Lanes<L> {
+    #[inline(always)]
+    fn affine_error(&self, fit: &Fit<L>, n_max: f32) -> Lanes<L> {
         let inverse = inverse(&fit.scale);
         let mut error = [0.0; L];
         for (x, w) in self.x.iter().zip(&self.w) {
@@ -72,47 +86,59 @@ impl<const N: usize, const L: usize> Tile<N, L> {
         error
     }
 
-    /// The codes for a fit, sub-blocks one after the other.
-    pub fn affine_codes(&self, fit: &Fit<L>, n_max: f32, codes: &mut [u8]) {
-        let inverse = inverse(&fit.scale);
-        for (l, sub) in codes.as_chunks_mut::<N>().0.iter_mut().take(L).enumerate() {
-            for (x, code) in self.x.iter().zip(sub) {
-                *code = limit(round((x[l] + fit.min[l]) * inverse[l]), 0.0, n_max) as u8;
-            }
-        }
-    }
-
     /// The best scale and offset of each lane on its own: for each candidate scale and offset the codes, for the codes
     /// the least-squares scale and offset.
-    pub fn affine_fit(&self, search: &Search) -> Fit<L> {
-        let totals = self.totals();
+    #[inline(always)]
+    fn affine_fit(&self, totals: &Totals<L>, search: &Search) -> Fit<L> {
         let (mut lo, hi) = self.range();
         if search.min_not_negative {
-            lo = lo.map(|v| if v < 0.0 { v } else { 0.0 });
+            lo = map(&lo, |v| if v < 0.0 { v } else { 0.0 });
         }
-        let range: Lanes<L> = std::array::from_fn(|l| hi[l] - lo[l]);
-        let of_range = |t: f32| range.map(|r| if r > TINY { t / r } else { 0.0 });
-        let fit =
-            Fit { scale: range.map(|r| if r > TINY { r / search.n_max } else { 0.0 }), min: lo.map(|v| -v) };
+        let range = map2(&hi, &lo, |hi, lo| hi - lo);
+        let inverse_of = |k: usize| {
+            let t = search.n_max + search.first + search.step * k as f32;
+            map(&range, |r| ratio(t, r, TINY))
+        };
+        let fit = Fit {
+            scale: map(&range, |r| if r > TINY { r / search.n_max } else { 0.0 }),
+            min: map(&lo, |v| -v),
+        };
         let mut best = Best { fit, gain: [f32::NEG_INFINITY; L] };
-        for clipped in CLIPPED {
-            for k in 0..search.n {
-                let inverse = of_range(search.n_max + search.first + search.step * k as f32);
-                let min = std::array::from_fn(|l| {
-                    let min = if inverse[l] > 0.0 { -lo[l] - clipped / inverse[l] } else { -lo[l] };
-                    if search.min_not_negative && min < 0.0 { 0.0 } else { min }
-                });
-                best.offer(&self.affine_sums(&inverse, &min, search.n_max), &totals, search);
+
+        // First the smallest weight on code 0, so that none falls below it ...
+        let mut above = self.x;
+        for x in &mut above {
+            for l in 0..L {
+                x[l] -= lo[l];
             }
         }
+        for k in 0..search.n {
+            let inverse = inverse_of(k);
+            let code = |i: usize, l: usize| {
+                let q = round(above[i][l] * inverse[l]);
+                if q < search.n_max { q } else { search.n_max }
+            };
+            best.offer(&self.affine_sums(code), totals, search);
+        }
+        // ... then half a step below.
+        for k in 0..search.n {
+            let inverse = inverse_of(k);
+            let min = map2(&inverse, &lo, |inverse, lo| {
+                let half = 0.5 / inverse;
+                let min = if inverse > 0.0 { -lo - half } else { -lo };
+                if search.min_not_negative && min < 0.0 { 0.0 } else { min }
+            });
+            best.offer(&self.affine_sums(self.affine_code(&inverse, &min, search.n_max)), totals, search);
+        }
         for _ in 0..2 {
-            let sums = self.affine_sums(&inverse(&best.fit.scale), &best.fit.min, search.n_max);
-            best.offer(&sums, &totals, search);
+            let (inverse, min) = (inverse(&best.fit.scale), best.fit.min);
+            best.offer(&self.affine_sums(self.affine_code(&inverse, &min, search.n_max)), totals, search);
         }
         best.fit
     }
 
     /// Smallest and largest weight of each lane.
+    #[inline(always)]
     fn range(&self) -> (Lanes<L>, Lanes<L>) {
         let (mut lo, mut hi) = (self.x[0], self.x[0]);
         for x in &self.x {
@@ -124,6 +150,7 @@ impl<const N: usize, const L: usize> Tile<N, L> {
         (lo, hi)
     }
 
+    #[inline(always)]
     fn totals(&self) -> Totals<L> {
         let mut t = Totals { w: [0.0; L], wx: [0.0; L] };
         for (x, w) in self.x.iter().zip(&self.w) {
@@ -136,9 +163,6 @@ impl<const N: usize, const L: usize> Tile<N, L> {
     }
 }
 
-/// How far below code 0 the smallest weight falls, in steps, in the candidates.
-const CLIPPED: [f32; 2] = [0.0, 0.5];
-
 /// The best fit so far and what it takes away from the sum of w x^2.
 struct Best<const L: usize> {
     fit: Fit<L>,
@@ -147,153 +171,267 @@ struct Best<const L: usize> {
 
 impl<const L: usize> Best<L> {
     /// Takes the least-squares fit for codes with these sums where it is better.
+    #[inline(always)]
     fn offer(&mut self, s: &Sums<L>, t: &Totals<L>, search: &Search) {
+        let (mut scale, mut min) = ([0.0; L], [0.0; L]);
         for l in 0..L {
             let det = t.w[l] * s.wqq[l] - s.wq[l] * s.wq[l];
-            let mut scale = (t.w[l] * s.wqx[l] - t.wx[l] * s.wq[l]) / det;
-            let mut min = (s.wq[l] * s.wqx[l] - s.wqq[l] * t.wx[l]) / det;
-            if search.min_not_negative && min < 0.0 {
-                min = 0.0;
-                scale = s.wqx[l] / s.wqq[l];
+            scale[l] = (t.w[l] * s.wqx[l] - t.wx[l] * s.wq[l]) / det;
+            min[l] = (s.wq[l] * s.wqx[l] - s.wqq[l] * t.wx[l]) / det;
+        }
+        if search.min_not_negative && any_less(&min, &[0.0; L]) {
+            for l in 0..L {
+                let without = s.wqx[l] / s.wqq[l];
+                scale[l] = if min[l] < 0.0 { without } else { scale[l] };
+                min[l] = if min[l] < 0.0 { 0.0 } else { min[l] };
             }
+        }
+        for l in 0..L {
             // NaN, which compares false, where the codes are all equal.
-            let gain = scale * (2.0 * s.wqx[l] - scale * s.wqq[l] + 2.0 * min * s.wq[l])
-                - min * (2.0 * t.wx[l] + min * t.w[l]);
-            if gain > self.gain[l] && scale > 0.0 {
-                self.gain[l] = gain;
-                self.fit.scale[l] = scale;
-                self.fit.min[l] = min;
-            }
+            let gain = scale[l] * (2.0 * s.wqx[l] - scale[l] * s.wqq[l] + 2.0 * min[l] * s.wq[l])
+                - min[l] * (2.0 * t.wx[l] + min[l] * t.w[l]);
+            let better = (gain > self.gain[l]) & (scale[l] > 0.0);
+            self.gain[l] = if better { gain } else { self.gain[l] };
+            self.fit.scale[l] = if better { scale[l] } else { self.fit.scale[l] };
+            self.fit.min[l] = if better { min[l] } else { self.fit.min[l] };
         }
     }
 }
 
-/// A block of the K types: `scale = d * sc`, `min = dmin * m` with small integers `sc` and `m` per sub-block.
+/// Blocks of the K types: `scale = d * sc`, `min = dmin * m` with small integers `sc` and `m` per sub-block.
 #[derive(Clone, Copy)]
-pub struct Block<const L: usize> {
+pub struct Blocks<const S: usize, const L: usize> {
     /// Scale of the scales, as f16 stores it.
-    pub d: f32,
+    pub d: Lanes<L>,
     /// Scale of the offsets, as f16 stores it.
-    pub dmin: f32,
+    pub dmin: Lanes<L>,
     /// Integer scales.
-    pub sc: Lanes<L>,
+    pub sc: [Lanes<L>; S],
     /// Integer offsets.
-    pub m: Lanes<L>,
+    pub m: [Lanes<L>; S],
 }
 
-impl<const L: usize> Block<L> {
-    /// The scales and offsets it stands for.
-    pub fn fit(&self) -> Fit<L> {
-        Fit { scale: self.sc.map(|v| self.d * v), min: self.m.map(|v| self.dmin * v) }
+impl<const S: usize, const L: usize> Blocks<S, L> {
+    /// The scale and offset of sub-block j.
+    #[inline(always)]
+    fn fit(&self, j: usize) -> Fit<L> {
+        fit_of(&self.d, &self.dmin, &self.sc[j], &self.m[j])
     }
 }
 
-impl<const N: usize, const L: usize> Tile<N, L> {
-    /// Fits a block whose integer scales and offsets are `0 ..= sub_max`.
-    pub fn affine_block(&self, search: &Search, sub_max: f32) -> Block<L> {
-        let fit = self.affine_fit(search);
-        let top = |x: &Lanes<L>| x.iter().fold(0f32, |a, &b| if b > a { b } else { a }) / sub_max;
-        let (d, dmin) = (top(&fit.scale), top(&fit.min));
-        let with_d = |block: Block<L>, d: f32| {
-            let d = round_f16(d);
-            Block { d, sc: integers(&fit.scale, d, 0.0, sub_max), ..block }
+#[inline(always)]
+fn fit_of<const L: usize>(d: &Lanes<L>, dmin: &Lanes<L>, sc: &Lanes<L>, m: &Lanes<L>) -> Fit<L> {
+    Fit { scale: map2(d, sc, |d, sc| d * sc), min: map2(dmin, m, |dmin, m| dmin * m) }
+}
+
+impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
+    /// Fits blocks whose integer scales and offsets are `0 ..= sub_max`.
+    #[inline(always)]
+    pub fn affine_blocks(&self, search: &Search, sub_max: f32) -> Blocks<S, L> {
+        let mut fits = [Fit { scale: [0.0; L], min: [0.0; L] }; S];
+        let mut totals = [Totals { w: [0.0; L], wx: [0.0; L] }; S];
+        let (mut top_scale, mut top_min) = ([0.0; L], [0.0; L]);
+        for j in 0..S {
+            totals[j] = self.0[j].totals();
+            fits[j] = self.0[j].affine_fit(&totals[j], search);
+            raise(&mut top_scale, &fits[j].scale);
+            raise(&mut top_min, &fits[j].min);
+        }
+        let (d, dmin) = (map(&top_scale, |v| v / sub_max), map(&top_min, |v| v / sub_max));
+        let with_d = |blocks: &Blocks<S, L>, d: &Lanes<L>| {
+            let mut blocks = Blocks { d: round_f16(d), ..*blocks };
+            let inverse = inverse(&blocks.d);
+            for (sc, fit) in blocks.sc.iter_mut().zip(&fits) {
+                *sc = integers(&fit.scale, &inverse, 0.0, sub_max);
+            }
+            blocks
         };
-        let with_dmin = |block: Block<L>, dmin: f32| {
-            let dmin = round_f16(dmin);
-            Block { dmin, m: integers(&fit.min, dmin, 0.0, sub_max), ..block }
+        let with_dmin = |blocks: &Blocks<S, L>, dmin: &Lanes<L>| {
+            let mut blocks = Blocks { dmin: round_f16(dmin), ..*blocks };
+            let inverse = inverse(&blocks.dmin);
+            for (m, fit) in blocks.m.iter_mut().zip(&fits) {
+                *m = integers(&fit.min, &inverse, 0.0, sub_max);
+            }
+            blocks
         };
-        let zero = Block { d: 0.0, dmin: 0.0, sc: [0.0; L], m: [0.0; L] };
-        let mut block = with_dmin(with_d(zero, d), dmin);
-        let mut error = self.affine_error(&block.fit(), search.n_max);
+        let zero = Blocks { d: [0.0; L], dmin: [0.0; L], sc: [[0.0; L]; S], m: [[0.0; L]; S] };
+        let mut blocks = with_dmin(&with_d(&zero, &d), &dmin);
+        let mut error = [[0.0; L]; S];
+        for j in 0..S {
+            error[j] = self.0[j].affine_error(&blocks.fit(j), search.n_max);
+        }
         for k in 1..STARTS {
             let factor = start_factor(k, sub_max);
-            for trial in [with_d(block, d * factor), with_dmin(block, dmin * factor)] {
-                self.keep_better(trial, &mut block, &mut error, search.n_max);
+            // Both trials start from the same blocks.
+            let trials = [
+                with_d(&blocks, &map(&d, |d| d * factor)),
+                with_dmin(&blocks, &map(&dmin, |dmin| dmin * factor)),
+            ];
+            for trial in &trials {
+                self.keep_better(trial, &mut blocks, &mut error, search.n_max);
             }
         }
-        for _ in 0..2 {
-            self.improve_integers(&mut block, &mut error, search.n_max, sub_max);
-            self.improve_d(&mut block, &mut error, search.n_max);
+        for round in 0..3 {
+            self.improve_integers(&mut blocks, &mut error, search.n_max, sub_max);
+            if round < 2 {
+                self.improve_d(&mut blocks, &mut error, &totals, search.n_max);
+            }
         }
-        self.improve_integers(&mut block, &mut error, search.n_max, sub_max);
-        block
+        blocks
     }
 
-    /// Replaces the block if the trial as a whole is better.
-    fn keep_better(&self, trial: Block<L>, block: &mut Block<L>, error: &mut Lanes<L>, n_max: f32) {
-        let e = self.affine_error(&trial.fit(), n_max);
-        if total(&e) < total(error) {
-            *block = trial;
-            *error = e;
+    /// Replaces the blocks for which the trial as a whole is better.
+    #[inline(always)]
+    fn keep_better(
+        &self,
+        trial: &Blocks<S, L>,
+        blocks: &mut Blocks<S, L>,
+        error: &mut [Lanes<L>; S],
+        n_max: f32,
+    ) {
+        let best = total(error);
+        let (mut e, mut sum) = ([[0.0; L]; S], [0.0; L]);
+        for j in 0..S {
+            e[j] = self.0[j].affine_error(&trial.fit(j), n_max);
+            add(&mut sum, &e[j]);
+            // Errors are not negative: the sum only grows.
+            if !any_less(&sum, &best) {
+                return;
+            }
+        }
+        for l in 0..L {
+            let better = sum[l] < best[l];
+            let keep = |old: &mut f32, new: f32| *old = if better { new } else { *old };
+            keep(&mut blocks.d[l], trial.d[l]);
+            keep(&mut blocks.dmin[l], trial.dmin[l]);
+            for j in 0..S {
+                keep(&mut blocks.sc[j][l], trial.sc[j][l]);
+                keep(&mut blocks.m[j][l], trial.m[j][l]);
+                keep(&mut error[j][l], e[j][l]);
+            }
         }
     }
 
     /// Tries the neighbours of each integer scale and offset.
-    fn improve_integers(&self, block: &mut Block<L>, error: &mut Lanes<L>, n_max: f32, sub_max: f32) {
-        let from = *block;
-        for (dsc, dm) in
-            [(-1., 0.), (1., 0.), (0., -1.), (0., 1.), (-1., -1.), (1., 1.), (-1., 1.), (1., -1.)]
-        {
-            let trial = Block {
-                sc: from.sc.map(|v| limit(v + dsc, 0.0, sub_max)),
-                m: from.m.map(|v| limit(v + dm, 0.0, sub_max)),
-                ..from
-            };
-            let e = self.affine_error(&trial.fit(), n_max);
-            for l in 0..L {
-                if e[l] < error[l] {
-                    error[l] = e[l];
-                    block.sc[l] = trial.sc[l];
-                    block.m[l] = trial.m[l];
+    #[inline(always)]
+    fn improve_integers(
+        &self,
+        blocks: &mut Blocks<S, L>,
+        error: &mut [Lanes<L>; S],
+        n_max: f32,
+        sub_max: f32,
+    ) {
+        const STEPS: [(f32, f32); 8] =
+            [(-1., 0.), (1., 0.), (0., -1.), (0., 1.), (-1., -1.), (1., 1.), (-1., 1.), (1., -1.)];
+        for j in 0..S {
+            let (from_sc, from_m) = (blocks.sc[j], blocks.m[j]);
+            for (dsc, dm) in STEPS {
+                let sc = map(&from_sc, |v| limit(v + dsc, 0.0, sub_max));
+                let m = map(&from_m, |v| limit(v + dm, 0.0, sub_max));
+                let e = self.0[j].affine_error(&fit_of(&blocks.d, &blocks.dmin, &sc, &m), n_max);
+                for l in 0..L {
+                    let better = e[l] < error[j][l];
+                    error[j][l] = if better { e[l] } else { error[j][l] };
+                    blocks.sc[j][l] = if better { sc[l] } else { blocks.sc[j][l] };
+                    blocks.m[j][l] = if better { m[l] } else { blocks.m[j][l] };
                 }
             }
         }
     }
 
     /// Solves for `d` and `dmin` with everything else fixed and keeps the result if the block is better for it.
-    fn improve_d(&self, block: &mut Block<L>, error: &mut Lanes<L>, n_max: f32) {
-        let fit = block.fit();
-        let s = self.affine_sums(&inverse(&fit.scale), &fit.min, n_max);
-        let t = self.totals();
-        let (mut aa, mut ab, mut bb, mut ax, mut bx) = (0.0, 0.0, 0.0, 0.0, 0.0);
+    #[inline(always)]
+    fn improve_d(
+        &self,
+        blocks: &mut Blocks<S, L>,
+        error: &mut [Lanes<L>; S],
+        totals: &[Totals<L>; S],
+        n_max: f32,
+    ) {
+        let [mut aa, mut ab, mut bb, mut ax, mut bx] = [[0.0; L]; 5];
+        for j in 0..S {
+            let fit = blocks.fit(j);
+            let sub = &self.0[j];
+            let s = sub.affine_sums(sub.affine_code(&inverse(&fit.scale), &fit.min, n_max));
+            for l in 0..L {
+                let (sc, m) = (blocks.sc[j][l], blocks.m[j][l]);
+                aa[l] += sc * sc * s.wqq[l];
+                ab[l] += sc * m * s.wq[l];
+                bb[l] += m * m * totals[j].w[l];
+                ax[l] += sc * s.wqx[l];
+                bx[l] += m * totals[j].wx[l];
+            }
+        }
+        let (mut d, mut dmin) = ([0.0; L], [0.0; L]);
         for l in 0..L {
-            let (sc, m) = (block.sc[l], block.m[l]);
-            aa += sc * sc * s.wqq[l];
-            ab += sc * m * s.wq[l];
-            bb += m * m * t.w[l];
-            ax += sc * s.wqx[l];
-            bx += m * t.wx[l];
+            let det = aa[l] * bb[l] - ab[l] * ab[l];
+            d[l] = if det > 0.0 { (ax[l] * bb[l] - ab[l] * bx[l]) / det } else { ax[l] / aa[l] };
+            dmin[l] = if det > 0.0 { (ab[l] * ax[l] - aa[l] * bx[l]) / det } else { 0.0 };
         }
-        let det = aa * bb - ab * ab;
-        let (d, dmin) =
-            if det > 0.0 { ((ax * bb - ab * bx) / det, (ab * ax - aa * bx) / det) } else { (ax / aa, 0.0) };
-        let trial = Block { d: round_f16(d), dmin: round_f16(dmin), ..*block };
-        if trial.d > 0.0 && trial.dmin >= 0.0 {
-            self.keep_better(trial, block, error, n_max);
+        let mut trial = Blocks { d: round_f16(&d), dmin: round_f16(&dmin), ..*blocks };
+        for l in 0..L {
+            // What stays as it is is not better than itself.
+            let possible = (trial.d[l] > 0.0) & (trial.dmin[l] >= 0.0);
+            trial.d[l] = if possible { trial.d[l] } else { blocks.d[l] };
+            trial.dmin[l] = if possible { trial.dmin[l] } else { blocks.dmin[l] };
         }
+        self.keep_better(&trial, blocks, error, n_max);
+    }
+
+    /// The codes for these fits, one per sub-block.
+    #[inline(always)]
+    fn affine_codes<const LEN: usize>(&self, fit: impl Fn(usize) -> Fit<L>, n_max: f32) -> Codes<LEN, L> {
+        let mut codes = [[0; LEN]; L];
+        for (j, sub) in self.0.iter().enumerate() {
+            let Fit { scale, min } = fit(j);
+            let inverse = inverse(&scale);
+            let code = sub.affine_code(&inverse, &min, n_max);
+            for i in 0..N {
+                for (l, codes) in codes.iter_mut().enumerate() {
+                    codes[j * N + i] = low_byte(code(i, l));
+                }
+            }
+        }
+        codes
+    }
+
+    /// The codes of these blocks.
+    #[inline(always)]
+    pub fn affine_block_codes<const LEN: usize>(&self, blocks: &Blocks<S, L>, n_max: f32) -> Codes<LEN, L> {
+        self.affine_codes(|j| blocks.fit(j), n_max)
+    }
+}
+
+/// Raises `top` to `x` where that is larger.
+#[inline(always)]
+fn raise<const L: usize>(top: &mut Lanes<L>, x: &Lanes<L>) {
+    for (top, x) in top.iter_mut().zip(x) {
+        *top = if *x > *top { *x } else { *top };
     }
 }
 
 /// Quantizes blocks of `LEN` weights that have an f16 scale and an f16 offset each; `pack` gets the scale, the offset
 /// that is added, and the codes.
-pub fn quantize_single<const LEN: usize, const BYTES: usize>(
+#[inline(always)]
+pub fn quantize_single<const LEN: usize, const BYTES: usize, const L: usize>(
     src: &[f32],
     importance: &[f32],
     dst: &mut [u8],
     search: &Search,
     pack: impl Fn(f32, f32, &[u8; LEN], &mut [u8; BYTES]),
 ) {
-    const L: usize = SIDE_BY_SIDE;
-    assert!(src.len().is_multiple_of(LEN) && dst.len() / BYTES == src.len() / LEN, "whole blocks");
-    let mean_square = mean_square(src);
-    for (i, (x, out)) in src.chunks(L * LEN).zip(dst.chunks_mut(L * BYTES)).enumerate() {
-        let tile = Tile::<LEN, L>::new(x, single_level_weight(Some(importance), i * L * LEN, mean_square));
-        let fit = tile.affine_fit(search);
-        let fit = Fit { scale: fit.scale.map(round_f16), min: fit.min.map(round_f16) };
-        let mut codes = [[0u8; LEN]; L];
-        tile.affine_codes(&fit, search.n_max, codes.as_flattened_mut());
-        for (l, block) in out.as_chunks_mut::<BYTES>().0.iter_mut().enumerate() {
-            pack(fit.scale[l], -fit.min[l], &codes[l], block);
+    let cols = importance.len();
+    for (src, dst) in src.chunks(cols).zip(dst.chunks_mut(cols / LEN * BYTES)) {
+        let sigma2 = mean_square(src);
+        for Group { x, importance, out } in groups::<LEN, BYTES, L>(src, Some(importance), dst) {
+            let tile = Tile::<LEN, 1, L>::new(x, importance, ErrorWeight::ImportanceSigma2(sigma2));
+            let sub = &tile.0[0];
+            let fit = sub.affine_fit(&sub.totals(), search);
+            let fit = Fit { scale: round_f16(&fit.scale), min: round_f16(&fit.min) };
+            let codes: Codes<LEN, L> = tile.affine_codes(|_| fit, search.n_max);
+            for (l, block) in out.iter_mut().enumerate() {
+                pack(fit.scale[l], -fit.min[l], &codes[l], block);
+            }
         }
     }
 }

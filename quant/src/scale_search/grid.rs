@@ -80,6 +80,7 @@ impl Grid for Iq4 {
 }
 
 /// The index in [`IQ4_VALUES`] of a number on the grid.
+#[inline(always)]
 pub fn iq4_index(value: f32) -> u8 {
     IQ4_NEAREST[iq4_bin(value)]
 }

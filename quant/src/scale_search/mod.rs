@@ -1,23 +1,37 @@
 //! The search for block scales: which scale (and offset) makes rounded codes come closest to the weights.
 //!
-//! All sub-blocks of a block are searched side by side, one per lane, so that every sum is a vertical one. The
-//! arithmetic is plain f32 in a fixed order, hence the same bits on every machine; lanes never mix, hence the same
-//! bits however many blocks are quantized together.
+//! Blocks are searched side by side, one per lane, so that every sum is a vertical one. The arithmetic is plain f32 in
+//! a fixed order and lanes never mix, hence the same bits on every machine, however many blocks go together.
+//!
+//! Everything here is `#[inline(always)]`, so that it is compiled with the features of [`crate::isa`]'s functions.
 
 pub mod affine;
 pub mod grid;
 pub mod signed;
 
-/// One number per lane.
+/// One number per block.
 pub type Lanes<const L: usize> = [f32; L];
 
 /// Ranges of weights smaller than this are taken as zero: no f16 scale could express them.
 const TINY: f32 = 1e-15;
 
-/// `L` sub-blocks of `N` weights, transposed: `x[i][lane]`, with the weight of each squared error in `w`.
-pub struct Tile<const N: usize, const L: usize> {
+/// A sub-block of `N` weights of each of `L` blocks: `x[i][lane]`, with the weight of each squared error in `w`.
+#[derive(Clone, Copy)]
+pub struct Sub<const N: usize, const L: usize> {
     x: [Lanes<L>; N],
     w: [Lanes<L>; N],
+}
+
+/// `L` blocks of `S` sub-blocks of `N` weights.
+pub struct Tile<const N: usize, const S: usize, const L: usize>([Sub<N, L>; S]);
+
+/// The importance of the weights of successive blocks: rows of a matrix have the same columns, so it repeats.
+#[derive(Clone, Copy)]
+pub struct Importance<'a, const LEN: usize> {
+    /// Importance of the columns of a row, cut into blocks.
+    pub row: &'a [[f32; LEN]],
+    /// The first block's place in its row.
+    pub first: usize,
 }
 
 /// How much each squared error counts.
@@ -26,43 +40,129 @@ pub struct Tile<const N: usize, const L: usize> {
 /// which is hard on small weights: here a part of the sub-block's mean is added. The error in ggml's own measure is still
 /// smaller than ggml's, the plain one too, and it is the plain one that the divergence of a model follows.
 #[derive(Clone, Copy)]
-pub enum ErrorWeight<'a> {
+pub enum ErrorWeight {
     /// `|x|` plus this share of the root mean square of the sub-block. ggml has 1 for Q4_K and Q5_K, 0 for Q2_K.
     Abs(f32),
     /// `x^2` plus the mean square of the sub-block.
     Square,
-    /// `importance * sqrt(sigma2 + x^2)`, importance in row order.
-    Importance(&'a [f32], f32),
+    /// `importance * sqrt(sigma2 + x^2)`, where `sigma2` is this many times the mean square of the block.
+    Importance(f32),
+    /// `importance * sqrt(sigma2 + x^2)`.
+    ImportanceSigma2(f32),
     /// The importance alone.
-    ImportanceOnly(&'a [f32]),
+    ImportanceOnly,
 }
 
-impl<const N: usize, const L: usize> Tile<N, L> {
-    /// Transposes `x`, sub-blocks one after the other; lanes beyond its end are zero.
-    pub fn new(x: &[f32], weight: ErrorWeight) -> Self {
-        let mut tile = Self { x: [[0.0; L]; N], w: [[0.0; L]; N] };
-        for (lane, sub) in x.as_chunks::<N>().0.iter().take(L).enumerate() {
-            let mean_square = mean_square(sub);
-            let rms = mean_square.sqrt();
-            for (i, &v) in sub.iter().enumerate() {
-                tile.x[i][lane] = v;
-                tile.w[i][lane] = match weight {
-                    ErrorWeight::Abs(share) => v.abs() + share * rms,
-                    ErrorWeight::Square => v * v + mean_square,
-                    ErrorWeight::Importance(q, sigma2) => q[lane * N + i] * (sigma2 + v * v).sqrt(),
-                    ErrorWeight::ImportanceOnly(q) => q[lane * N + i],
-                };
+impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
+    /// Transposes up to `L` blocks; further lanes are zero.
+    #[inline(always)]
+    pub fn new<const LEN: usize>(
+        blocks: &[[f32; LEN]],
+        importance: Option<Importance<LEN>>,
+        weight: ErrorWeight,
+    ) -> Self {
+        const { assert!(LEN == N * S, "a block is its sub-blocks") };
+        let mut tile = Self([Sub { x: [[0.0; L]; N], w: [[0.0; L]; N] }; S]);
+        for (lane, block) in blocks.iter().take(L).enumerate() {
+            for (sub, x) in tile.0.iter_mut().zip(block.as_chunks::<N>().0) {
+                for (to, v) in sub.x.iter_mut().zip(x) {
+                    to[lane] = *v;
+                }
+            }
+            let Some(importance) = importance else { continue };
+            let importance = &importance.row[(importance.first + lane) % importance.row.len()];
+            for (sub, w) in tile.0.iter_mut().zip(importance.as_chunks::<N>().0) {
+                for (to, v) in sub.w.iter_mut().zip(w) {
+                    to[lane] = *v;
+                }
             }
         }
+        tile.weigh(weight);
         tile
     }
+
+    /// Sets the weights of the errors; the importance, where there is one, is in their place.
+    #[inline(always)]
+    fn weigh(&mut self, weight: ErrorWeight) {
+        let sigma2 = match weight {
+            ErrorWeight::Importance(factor) => {
+                map(&mean_squares(self.0.iter().flat_map(|sub| &sub.x)), |m| factor * m)
+            }
+            ErrorWeight::ImportanceSigma2(sigma2) => [sigma2; L],
+            _ => [0.0; L],
+        };
+        for Sub { x, w } in &mut self.0 {
+            let mean_square = mean_squares(x.iter());
+            let rms = map(&mean_square, f32::sqrt);
+            for (x, w) in x.iter().zip(w) {
+                for l in 0..L {
+                    w[l] = match weight {
+                        ErrorWeight::Abs(share) => x[l].abs() + share * rms[l],
+                        ErrorWeight::Square => x[l] * x[l] + mean_square[l],
+                        ErrorWeight::Importance(_) | ErrorWeight::ImportanceSigma2(_) => {
+                            w[l] * (sigma2[l] + x[l] * x[l]).sqrt()
+                        }
+                        ErrorWeight::ImportanceOnly => w[l],
+                    };
+                }
+            }
+        }
+    }
 }
+
+/// Mean square of each lane, summed in order.
+#[inline(always)]
+fn mean_squares<'a, const L: usize>(x: impl Iterator<Item = &'a Lanes<L>>) -> Lanes<L> {
+    let (mut sum, mut n) = ([0.0; L], 0);
+    for x in x {
+        for l in 0..L {
+            sum[l] += x[l] * x[l];
+        }
+        n += 1;
+    }
+    map(&sum, |s| s / n as f32)
+}
+
+/// `f` of each lane. (The methods of arrays are not always inlined, and are then compiled without the features.)
+#[inline(always)]
+fn map<const L: usize>(x: &Lanes<L>, f: impl Fn(f32) -> f32) -> Lanes<L> {
+    let mut out = [0.0; L];
+    for (out, x) in out.iter_mut().zip(x) {
+        *out = f(*x);
+    }
+    out
+}
+
+/// `f` of each pair of lanes.
+#[inline(always)]
+fn map2<const L: usize>(x: &Lanes<L>, y: &Lanes<L>, f: impl Fn(f32, f32) -> f32) -> Lanes<L> {
+    let mut out = [0.0; L];
+    for (out, (x, y)) in out.iter_mut().zip(x.iter().zip(y)) {
+        *out = f(*x, *y);
+    }
+    out
+}
+
+/// `a / b`, or 0 where `b` is not above `least` in magnitude. Dividing first and choosing then leaves no branch.
+#[inline(always)]
+fn ratio(a: f32, b: f32, least: f32) -> f32 {
+    let ratio = a / b;
+    if b.abs() > least { ratio } else { 0.0 }
+}
+
+/// 1.5 * 2^23: a number with this added has its integer in the low bits.
+const MAGIC: f32 = 12_582_912.0;
 
 /// The nearest integer, ties to even, for |x| < 2^22; beyond that the number stays as large as it is.
 #[inline(always)]
 pub fn round(x: f32) -> f32 {
-    const MAGIC: f32 = 12_582_912.0; // 1.5 * 2^23
     (x + MAGIC) - MAGIC
+}
+
+/// The low byte of an integer. Rust's `as` saturates, which does not vectorise.
+#[inline(always)]
+pub fn low_byte(integer: f32) -> u8 {
+    (integer + MAGIC).to_bits() as u8
 }
 
 /// `x` limited to `lo..=hi` with selects that compile to min and max instructions.
@@ -77,6 +177,7 @@ pub fn limit(x: f32, lo: f32, hi: f32) -> f32 {
 const STARTS: usize = 9;
 
 /// Factor on the first scale of scales for start `k`, where the largest integer is `top`.
+#[inline(always)]
 fn start_factor(k: usize, top: f32) -> f32 {
     1.0 + 0.5 * k as f32 / top
 }
@@ -84,38 +185,57 @@ fn start_factor(k: usize, top: f32) -> f32 {
 /// `1 / x`, or 0 where a scale is 0.
 #[inline(always)]
 fn inverse<const L: usize>(x: &Lanes<L>) -> Lanes<L> {
-    x.map(|v| if v != 0.0 { 1.0 / v } else { 0.0 })
+    map(x, |v| {
+        let inverse = 1.0 / v;
+        if v != 0.0 { inverse } else { 0.0 }
+    })
 }
 
-/// Each `x / d` as an integer in `lo..=hi`.
-fn integers<const L: usize>(x: &Lanes<L>, d: f32, lo: f32, hi: f32) -> Lanes<L> {
-    let [inverse] = inverse(&[d]);
-    x.map(|v| limit(round(v * inverse), lo, hi))
+/// Each `x * inverse` as an integer in `lo..=hi`.
+#[inline(always)]
+fn integers<const L: usize>(x: &Lanes<L>, inverse: &Lanes<L>, lo: f32, hi: f32) -> Lanes<L> {
+    map2(x, inverse, |x, inverse| limit(round(x * inverse), lo, hi))
 }
 
-/// Sum over the lanes, in lane order.
-fn total<const L: usize>(x: &Lanes<L>) -> f32 {
-    x.iter().sum()
-}
-
-/// Blocks of 32 weights that are quantized side by side where each has its own f16 scale.
-const SIDE_BY_SIDE: usize = 8;
-
-/// The error weights for up to [`SIDE_BY_SIDE`] blocks starting at weight `start`, as ggml takes them for types of one
-/// level: importance with the row's mean square, or the square of the weight.
-fn single_level_weight(importance: Option<&[f32]>, start: usize, mean_square: f32) -> ErrorWeight<'_> {
-    match importance {
-        Some(w) => ErrorWeight::Importance(&w[start..], mean_square),
-        None => ErrorWeight::Square,
+/// Adds `b` to `a`.
+#[inline(always)]
+fn add<const L: usize>(a: &mut Lanes<L>, b: &Lanes<L>) {
+    for (a, b) in a.iter_mut().zip(b) {
+        *a += b;
     }
 }
 
+/// Whether `a < b` in any lane.
+#[inline(always)]
+fn any_less<const L: usize>(a: &Lanes<L>, b: &Lanes<L>) -> bool {
+    let mut any = [0; L];
+    for (any, (a, b)) in any.iter_mut().zip(a.iter().zip(b)) {
+        *any = u32::from(a < b);
+    }
+    any.iter().fold(0, |all, any| all | any) != 0
+}
+
+/// Sum over the sub-blocks, in order.
+#[inline(always)]
+fn total<const S: usize, const L: usize>(x: &[Lanes<L>; S]) -> Lanes<L> {
+    let mut sum = [0.0; L];
+    for x in x {
+        add(&mut sum, x);
+    }
+    sum
+}
+
+/// The codes of up to `L` blocks, each in row order.
+pub type Codes<const LEN: usize, const L: usize> = [[u8; LEN]; L];
+
 /// Mean square of a row, summed in a fixed order.
+#[inline(always)]
 pub fn mean_square(x: &[f32]) -> f32 {
     x.iter().map(|v| v * v).sum::<f32>() / x.len().max(1) as f32
 }
 
-/// The nearest f16, as f32.
-pub fn round_f16(x: f32) -> f32 {
-    half::f16::from_bits(crate::codec::f16_bits(x)).to_f32()
+/// The nearest f16 of each lane, as f32.
+#[inline(always)]
+pub fn round_f16<const L: usize>(x: &Lanes<L>) -> Lanes<L> {
+    map(x, crate::codec::round_f16)
 }

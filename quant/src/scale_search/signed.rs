@@ -1,10 +1,14 @@
 //! Codes with sign: `weight = scale * g`, g a number of a [`Grid`].
 
+// Sub-block j and lane l index several arrays at once.
+#![allow(clippy::needless_range_loop)]
+
 use super::grid::Grid;
 use super::{
-    Lanes, SIDE_BY_SIDE, STARTS, TINY, Tile, integers, inverse, limit, mean_square, round_f16,
-    single_level_weight, start_factor, total,
+    Codes, ErrorWeight, Lanes, STARTS, Sub, TINY, Tile, add, any_less, integers, inverse, limit, map, map2,
+    mean_square, ratio, round_f16, start_factor, total,
 };
+use crate::codec::{Group, groups};
 
 /// What a search tries: the largest weight of a sub-block falls on `edge + step * k`, k in `-n ..= n`, where `edge` is
 /// each end of the grid.
@@ -16,9 +20,9 @@ pub struct Search {
     pub n: i32,
 }
 
-impl<const N: usize, const L: usize> Tile<N, L> {
+impl<const N: usize, const L: usize> Sub<N, L> {
     /// Sums of w g x and w g g for the grid numbers nearest to `x * inverse`.
-    #[inline]
+    #[inline(always)]
     fn signed_sums<G: Grid>(&self, inverse: &Lanes<L>) -> (Lanes<L>, Lanes<L>) {
         let (mut wgx, mut wgg) = ([0.0; L], [0.0; L]);
         for (x, w) in self.x.iter().zip(&self.w) {
@@ -33,7 +37,8 @@ impl<const N: usize, const L: usize> Tile<N, L> {
     }
 
     /// Weighted squared error of each lane after rounding with these scales.
-    pub fn signed_error<G: Grid>(&self, scale: &Lanes<L>) -> Lanes<L> {
+    #[inline(always)]
+    fn signed_error<G: Grid>(&self, scale: &Lanes<L>) -> Lanes<L> {
         let inverse = inverse(scale);
         let mut error = [0.0; L];
         for (x, w) in self.x.iter().zip(&self.w) {
@@ -45,122 +50,198 @@ impl<const N: usize, const L: usize> Tile<N, L> {
         error
     }
 
-    /// The grid numbers for these scales, sub-blocks one after the other, each through `code`.
-    pub fn signed_codes<G: Grid>(&self, scale: &Lanes<L>, code: impl Fn(f32) -> u8, codes: &mut [u8]) {
-        let inverse = inverse(scale);
-        for (l, sub) in codes.as_chunks_mut::<N>().0.iter_mut().take(L).enumerate() {
-            for (x, c) in self.x.iter().zip(sub) {
-                *c = code(G::nearest(x[l] * inverse[l]));
-            }
-        }
-    }
-
     /// The best scale of each lane on its own.
-    pub fn signed_fit<G: Grid>(&self, search: &Search) -> Lanes<L> {
+    #[inline(always)]
+    fn signed_fit<G: Grid>(&self, search: &Search) -> Lanes<L> {
         let mut peak = [0f32; L];
         for x in &self.x {
             for l in 0..L {
                 peak[l] = if x[l].abs() > peak[l].abs() { x[l] } else { peak[l] };
             }
         }
-        let mut best = peak.map(|p| if p.abs() > TINY { p / G::LOW } else { 0.0 });
-        let mut best_gain = [0.0; L];
-        let mut try_inverse = |inverse: &Lanes<L>, best: &mut Lanes<L>| {
-            let (wgx, wgg) = self.signed_sums::<G>(inverse);
-            for l in 0..L {
-                // What the least-squares scale takes away from the sum of w x^2; NaN where all g are 0.
-                let gain = wgx[l] * wgx[l] / wgg[l];
-                if gain > best_gain[l] {
-                    best_gain[l] = gain;
-                    best[l] = wgx[l] / wgg[l];
-                }
-            }
-        };
+        let mut best = map(&peak, |p| if p.abs() > TINY { p / G::LOW } else { 0.0 });
+        let mut gain = [0.0; L];
         for edge in [G::LOW, G::HIGH] {
             for k in -search.n..=search.n {
                 let t = edge + search.step * k as f32;
-                try_inverse(&peak.map(|p| if p.abs() > TINY { t / p } else { 0.0 }), &mut best);
+                let inverse = map(&peak, |p| ratio(t, p, TINY));
+                self.offer::<G>(&inverse, &mut best, &mut gain);
             }
         }
-        try_inverse(&inverse(&best.clone()), &mut best);
+        self.offer::<G>(&inverse(&best), &mut best, &mut gain);
         best
     }
+
+    /// Takes the least-squares scale for the codes of this inverse where it is better.
+    #[inline(always)]
+    fn offer<G: Grid>(&self, inverse: &Lanes<L>, best: &mut Lanes<L>, best_gain: &mut Lanes<L>) {
+        let (wgx, wgg) = self.signed_sums::<G>(inverse);
+        for l in 0..L {
+            // What the least-squares scale takes away from the sum of w x^2; NaN where all g are 0.
+            let (gain, scale) = (wgx[l] * wgx[l] / wgg[l], wgx[l] / wgg[l]);
+            let better = gain > best_gain[l];
+            best_gain[l] = if better { gain } else { best_gain[l] };
+            best[l] = if better { scale } else { best[l] };
+        }
+    }
 }
 
-/// A block whose scales are `d * sc` with small signed integers `sc` per sub-block.
+/// Blocks whose scales are `d * sc` with small signed integers `sc` per sub-block.
 #[derive(Clone, Copy)]
-pub struct Block<const L: usize> {
+pub struct Blocks<const S: usize, const L: usize> {
     /// Scale of the scales, as f16 stores it.
-    pub d: f32,
+    pub d: Lanes<L>,
     /// Integer scales.
-    pub sc: Lanes<L>,
+    pub sc: [Lanes<L>; S],
 }
 
-impl<const L: usize> Block<L> {
-    /// The scales it stands for.
-    pub fn scales(&self) -> Lanes<L> {
-        self.sc.map(|v| self.d * v)
+impl<const S: usize, const L: usize> Blocks<S, L> {
+    /// The scales of sub-block j.
+    #[inline(always)]
+    fn scale(&self, j: usize) -> Lanes<L> {
+        scale_of(&self.d, &self.sc[j])
     }
 }
 
-impl<const N: usize, const L: usize> Tile<N, L> {
-    /// Fits a block whose integer scales are `-sub_half ..= sub_half - 1`.
-    pub fn signed_block<G: Grid>(&self, search: &Search, sub_half: f32) -> Block<L> {
-        let fit = self.signed_fit::<G>(search);
-        let peak = fit.iter().fold(0f32, |a, &b| if b.abs() > a.abs() { b } else { a });
-        let with_d = |d: f32| {
-            let d = round_f16(d);
-            Block { d, sc: integers(&fit, d, -sub_half, sub_half - 1.0) }
-        };
-        let mut block = with_d(peak / -sub_half);
-        let mut error = self.signed_error::<G>(&block.scales());
-        for k in 1..STARTS {
-            let trial = with_d(peak / -sub_half * start_factor(k, sub_half));
-            self.keep_better_signed::<G>(trial, &mut block, &mut error);
-        }
-        for _ in 0..2 {
-            self.improve_signed_integers::<G>(&mut block, &mut error, sub_half);
-            let (wgx, wgg) = self.signed_sums::<G>(&inverse(&block.scales()));
-            let (mut num, mut den) = (0.0, 0.0);
+#[inline(always)]
+fn scale_of<const L: usize>(d: &Lanes<L>, sc: &Lanes<L>) -> Lanes<L> {
+    map2(d, sc, |d, sc| d * sc)
+}
+
+impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
+    /// Fits blocks whose integer scales are `-sub_half ..= sub_half - 1`.
+    #[inline(always)]
+    pub fn signed_blocks<G: Grid>(&self, search: &Search, sub_half: f32) -> Blocks<S, L> {
+        let mut fits = [[0.0; L]; S];
+        let mut peak = [0f32; L];
+        for j in 0..S {
+            fits[j] = self.0[j].signed_fit::<G>(search);
             for l in 0..L {
-                num += block.sc[l] * wgx[l];
-                den += block.sc[l] * block.sc[l] * wgg[l];
+                peak[l] = if fits[j][l].abs() > peak[l].abs() { fits[j][l] } else { peak[l] };
             }
-            let trial = Block { d: round_f16(num / den), ..block };
-            self.keep_better_signed::<G>(trial, &mut block, &mut error);
         }
-        self.improve_signed_integers::<G>(&mut block, &mut error, sub_half);
-        block
+        let with_d = |d: &Lanes<L>| {
+            let mut blocks = Blocks { d: round_f16(d), sc: [[0.0; L]; S] };
+            let inverse = inverse(&blocks.d);
+            for (sc, fit) in blocks.sc.iter_mut().zip(&fits) {
+                *sc = integers(fit, &inverse, -sub_half, sub_half - 1.0);
+            }
+            blocks
+        };
+        let mut blocks = with_d(&map(&peak, |p| p / -sub_half));
+        let mut error = [[0.0; L]; S];
+        for j in 0..S {
+            error[j] = self.0[j].signed_error::<G>(&blocks.scale(j));
+        }
+        for k in 1..STARTS {
+            let trial = with_d(&map(&peak, |p| p / -sub_half * start_factor(k, sub_half)));
+            self.keep_better_signed::<G>(&trial, &mut blocks, &mut error);
+        }
+        for round in 0..3 {
+            self.improve_signed_integers::<G>(&mut blocks, &mut error, sub_half);
+            if round < 2 {
+                let (mut num, mut den) = ([0.0; L], [0.0; L]);
+                for j in 0..S {
+                    let (wgx, wgg) = self.0[j].signed_sums::<G>(&inverse(&blocks.scale(j)));
+                    let sc = &blocks.sc[j];
+                    for l in 0..L {
+                        num[l] += sc[l] * wgx[l];
+                        den[l] += sc[l] * sc[l] * wgg[l];
+                    }
+                }
+                let d = map2(&num, &den, |num, den| num / den);
+                let trial = Blocks { d: round_f16(&d), ..blocks };
+                self.keep_better_signed::<G>(&trial, &mut blocks, &mut error);
+            }
+        }
+        blocks
     }
 
-    /// Replaces the block if the trial as a whole is better.
-    fn keep_better_signed<G: Grid>(&self, trial: Block<L>, block: &mut Block<L>, error: &mut Lanes<L>) {
-        let e = self.signed_error::<G>(&trial.scales());
-        if total(&e) < total(error) {
-            *block = trial;
-            *error = e;
+    /// Replaces the blocks for which the trial as a whole is better.
+    #[inline(always)]
+    fn keep_better_signed<G: Grid>(
+        &self,
+        trial: &Blocks<S, L>,
+        blocks: &mut Blocks<S, L>,
+        error: &mut [Lanes<L>; S],
+    ) {
+        let best = total(error);
+        let (mut e, mut sum) = ([[0.0; L]; S], [0.0; L]);
+        for j in 0..S {
+            e[j] = self.0[j].signed_error::<G>(&trial.scale(j));
+            add(&mut sum, &e[j]);
+            // Errors are not negative: the sum only grows.
+            if !any_less(&sum, &best) {
+                return;
+            }
+        }
+        for l in 0..L {
+            let better = sum[l] < best[l];
+            let keep = |old: &mut f32, new: f32| *old = if better { new } else { *old };
+            keep(&mut blocks.d[l], trial.d[l]);
+            for j in 0..S {
+                keep(&mut blocks.sc[j][l], trial.sc[j][l]);
+                keep(&mut error[j][l], e[j][l]);
+            }
         }
     }
 
     /// Tries the neighbours of each integer scale.
-    fn improve_signed_integers<G: Grid>(&self, block: &mut Block<L>, error: &mut Lanes<L>, sub_half: f32) {
-        let from = block.sc;
-        for step in [-1.0, 1.0, -2.0, 2.0] {
-            let sc = from.map(|v| limit(v + step, -sub_half, sub_half - 1.0));
-            let e = self.signed_error::<G>(&Block { d: block.d, sc }.scales());
-            for l in 0..L {
-                if e[l] < error[l] {
-                    error[l] = e[l];
-                    block.sc[l] = sc[l];
+    #[inline(always)]
+    fn improve_signed_integers<G: Grid>(
+        &self,
+        blocks: &mut Blocks<S, L>,
+        error: &mut [Lanes<L>; S],
+        sub_half: f32,
+    ) {
+        for j in 0..S {
+            let from = blocks.sc[j];
+            for step in [-1.0, 1.0, -2.0, 2.0] {
+                let sc = map(&from, |v| limit(v + step, -sub_half, sub_half - 1.0));
+                let e = self.0[j].signed_error::<G>(&scale_of(&blocks.d, &sc));
+                for l in 0..L {
+                    let better = e[l] < error[j][l];
+                    error[j][l] = if better { e[l] } else { error[j][l] };
+                    blocks.sc[j][l] = if better { sc[l] } else { blocks.sc[j][l] };
                 }
             }
         }
+    }
+
+    /// The grid numbers for these scales, one per sub-block, each through `code`.
+    #[inline(always)]
+    fn signed_codes<G: Grid, const LEN: usize>(
+        &self,
+        scale: impl Fn(usize) -> Lanes<L>,
+        code: impl Fn(f32) -> u8,
+    ) -> Codes<LEN, L> {
+        let mut codes = [[0; LEN]; L];
+        for (j, sub) in self.0.iter().enumerate() {
+            let inverse = inverse(&scale(j));
+            for (i, x) in sub.x.iter().enumerate() {
+                for (l, codes) in codes.iter_mut().enumerate() {
+                    codes[j * N + i] = code(G::nearest(x[l] * inverse[l]));
+                }
+            }
+        }
+        codes
+    }
+
+    /// The codes of these blocks.
+    #[inline(always)]
+    pub fn signed_block_codes<G: Grid, const LEN: usize>(
+        &self,
+        blocks: &Blocks<S, L>,
+        code: impl Fn(f32) -> u8,
+    ) -> Codes<LEN, L> {
+        self.signed_codes::<G, LEN>(|j| blocks.scale(j), code)
     }
 }
 
 /// Quantizes blocks of `LEN` weights that have an f16 scale each. `code` turns a grid number into its code, `pack`
 /// writes a block.
-pub fn quantize_single<G: Grid, const LEN: usize, const BYTES: usize>(
+#[inline(always)]
+pub fn quantize_single<G: Grid, const LEN: usize, const BYTES: usize, const L: usize>(
     src: &[f32],
     importance: Option<&[f32]>,
     dst: &mut [u8],
@@ -168,16 +249,19 @@ pub fn quantize_single<G: Grid, const LEN: usize, const BYTES: usize>(
     code: impl Fn(f32) -> u8,
     pack: impl Fn(f32, &[u8; LEN], &mut [u8; BYTES]),
 ) {
-    const L: usize = SIDE_BY_SIDE;
-    assert!(src.len().is_multiple_of(LEN) && dst.len() / BYTES == src.len() / LEN, "whole blocks");
-    let mean_square = mean_square(src);
-    for (i, (x, out)) in src.chunks(L * LEN).zip(dst.chunks_mut(L * BYTES)).enumerate() {
-        let tile = Tile::<LEN, L>::new(x, single_level_weight(importance, i * L * LEN, mean_square));
-        let scale = tile.signed_fit::<G>(search).map(round_f16);
-        let mut codes = [[0u8; LEN]; L];
-        tile.signed_codes::<G>(&scale, &code, codes.as_flattened_mut());
-        for ((block, d), codes) in out.as_chunks_mut::<BYTES>().0.iter_mut().zip(scale).zip(&codes) {
-            pack(d, codes, block);
+    let cols = importance.map_or(src.len(), <[f32]>::len).max(1);
+    for (src, dst) in src.chunks(cols).zip(dst.chunks_mut(cols / LEN * BYTES)) {
+        let weight = match importance {
+            Some(_) => ErrorWeight::ImportanceSigma2(mean_square(src)),
+            None => ErrorWeight::Square,
+        };
+        for Group { x, importance, out } in groups::<LEN, BYTES, L>(src, importance, dst) {
+            let tile = Tile::<LEN, 1, L>::new(x, importance, weight);
+            let scale = round_f16(&tile.0[0].signed_fit::<G>(search));
+            let codes: Codes<LEN, L> = tile.signed_codes::<G, LEN>(|_| scale, &code);
+            for ((block, d), codes) in out.iter_mut().zip(scale).zip(&codes) {
+                pack(d, codes, block);
+            }
         }
     }
 }

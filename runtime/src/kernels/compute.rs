@@ -233,7 +233,7 @@ impl Compute {
                     let x = u_out.part(blocks.clone());
                     let weight = &layer.conv_weight[c.start * d_conv..c.end * d_conv];
                     for (state, run) in runs(segments, n_tokens) {
-                        let state = state.conv_part(layer_index, blocks.clone());
+                        let state = state.conv().part(layer_index, blocks.clone());
                         let conv = Conv { weight, bias: &layer.conv_bias[c.clone()], d_conv, run };
                         (kernels.conv_silu)(&conv, x, state);
                     }
@@ -293,7 +293,7 @@ impl Compute {
                             bc: x_dbc.get(layer.dt_proj.cols..).unwrap_or(&[]),
                             bc_stride: width,
                         };
-                        let state = state.ssm_part(layer_index, blocks.clone());
+                        let state = state.ssm().part(layer_index, blocks.clone());
                         (kernels.scan)(&scan, u, &z[numbers.clone()], dt, state);
                     }
                     (kernels.channel_acts)(u, n_tokens, &to, c.start, c.len());

@@ -42,19 +42,6 @@ impl<T: Plain> Aligned<T> {
     }
 }
 
-impl<T: Plain> Aligned<T> {
-    /// The part `range`, of a buffer that several workers write.
-    ///
-    /// # Safety
-    /// No two parts that are alive at the same time overlap, and nobody reads the buffer as a whole meanwhile.
-    #[allow(clippy::mut_from_ref)] // that is its purpose
-    pub unsafe fn part(&self, range: Range<usize>) -> &mut [T] {
-        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {}", self.len);
-        // SAFETY: inside the buffer by the assertion, disjoint from the other parts by the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr().add(range.start), range.len()) }
-    }
-}
-
 impl<T: Plain> Clone for Aligned<T> {
     fn clone(&self) -> Self {
         let mut copy = Self::zeroed(self.len);
@@ -85,6 +72,52 @@ impl<T: Plain> DerefMut for Aligned<T> {
     fn deref_mut(&mut self) -> &mut [T] {
         // SAFETY: as in `deref`, borrowed exclusively.
         unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr(), self.len) }
+    }
+}
+
+/// Numbers of every layer, in blocks of 16 channels: what a sequence remembers, which several workers advance together,
+/// each its own channels.
+#[derive(Clone)]
+pub(crate) struct LayerBlocks {
+    numbers: Aligned<f32>,
+    n_blocks: usize,
+    block_len: usize,
+}
+
+impl LayerBlocks {
+    /// `n_layer` times `n_blocks` blocks of `block_len` zeros.
+    pub fn zeroed(n_layer: usize, n_blocks: usize, block_len: usize) -> Self {
+        Self { numbers: Aligned::zeroed(n_layer * n_blocks * block_len), n_blocks, block_len }
+    }
+
+    /// Some blocks of a layer.
+    ///
+    /// # Safety
+    /// The numbers are borrowed exclusively by whoever shares them out, and no two parts that are alive at the same
+    /// time overlap.
+    #[allow(clippy::mut_from_ref)] // that is its purpose
+    pub unsafe fn part(&self, layer: usize, blocks: Range<usize>) -> &mut [f32] {
+        assert!(blocks.start <= blocks.end && blocks.end <= self.n_blocks, "{blocks:?} of {}", self.n_blocks);
+        let start = (layer * self.n_blocks + blocks.start) * self.block_len;
+        let len = blocks.len() * self.block_len;
+        assert!(start + len <= self.numbers.len, "layer {layer}");
+        // SAFETY: inside the buffer by the assertions, disjoint from the other parts by the caller's promise; the
+        // pointer is the allocation's own, not one made from a shared reference.
+        unsafe { std::slice::from_raw_parts_mut(self.numbers.ptr.as_ptr().add(start), len) }
+    }
+}
+
+impl Deref for LayerBlocks {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        &self.numbers
+    }
+}
+
+impl DerefMut for LayerBlocks {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        &mut self.numbers
     }
 }
 

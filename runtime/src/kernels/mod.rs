@@ -37,6 +37,6 @@ pub use acts::{ActKind, Acts};
 pub use compute::{Compute, InProj, Mixer, ScanWeights, Segment, Then};
 pub use isa::Isa;
 pub use matmul::MatrixRef;
-pub(crate) use memory::Aligned;
+pub(crate) use memory::LayerBlocks;
 pub use memory::{Channels, LANES};
 pub use table::{Kernels, kernels};

@@ -92,6 +92,8 @@ impl Loops {
             Isa::Avx512 => x86::AVX512,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => x86::AVX2,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx => x86::AMX,
             #[cfg(target_arch = "aarch64")]
             Isa::Neon => neon::NEON,
             _ => SCALAR,
@@ -180,6 +182,51 @@ mod x86 {
     pub const AVX512: Loops =
         Loops { int8: Loop::int8(avx512_int8, 16 * 64), f32: Loop::f32::<Avx512>(avx512_f32) };
     pub const AVX2: Loops = Loops { int8: Loop::int8(avx2_int8, 8 * 32), f32: Loop::f32::<Avx2>(avx2_f32) };
+
+    pub const AMX: Loops = Loops { int8: Loop::int8(amx_int8, 4 * 16 * 16 * 64), ..AVX512 };
+
+    /// tdpbssd of whole tiles, in four sums.
+    unsafe fn amx_int8(rounds: usize) -> f64 {
+        #[repr(align(64))]
+        struct Lines<T, const N: usize>([T; N]);
+        let mut config = Lines([0u8; 64]); // palette 1; bytes per row from 16, rows from 48
+        config.0[0] = 1;
+        for tile in 0..8 {
+            (config.0[16 + 2 * tile], config.0[48 + tile]) = (64, 16);
+        }
+        let (a, b) = (Lines([A as i8; 1024]), Lines([B as i8; 1024]));
+        let mut sums = Lines([0i32; 4 * 256]);
+        // SAFETY: AMX is present; the configuration is a valid one, and each tile is 16 rows of 64 bytes of the arrays.
+        unsafe {
+            asm!(
+                "ldtilecfg [{config}]",
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "tilezero tmm2",
+                "tilezero tmm3",
+                "tileloadd tmm4, [{a} + {line}]",
+                "tileloadd tmm5, [{a} + {line}]",
+                "tileloadd tmm6, [{b} + {line}]",
+                "tileloadd tmm7, [{b} + {line}]",
+                "2:",
+                "tdpbssd tmm0, tmm4, tmm6",
+                "tdpbssd tmm1, tmm4, tmm7",
+                "tdpbssd tmm2, tmm5, tmm6",
+                "tdpbssd tmm3, tmm5, tmm7",
+                "dec {rounds}",
+                "jnz 2b",
+                "tilestored [{sums} + {line}], tmm0",
+                "tilestored [{sums} + {line} + 1024], tmm1",
+                "tilestored [{sums} + {line} + 2048], tmm2",
+                "tilestored [{sums} + {line} + 3072], tmm3",
+                "tilerelease",
+                config = in(reg) &config, a = in(reg) &a, b = in(reg) &b, sums = in(reg) &mut sums,
+                line = in(reg) 64usize, rounds = inout(reg) rounds.max(1) => _,
+                options(nostack),
+            );
+        }
+        sums.0.into_iter().fold(0i32, i32::wrapping_add).into()
+    }
 
     /// vpdpbusd, whose latency is 4 to 5 on two ports at most, in 16 sums.
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
