@@ -56,12 +56,13 @@ fn a_sequence_is_not_changed_by_its_neighbours() {
                 assert!(*logits == all[i].0 && *state == all[i].1, "{file_type} on {}: {i}", isa.name());
             }
         }
-        // By itself, few tokens go together, whose sums are in another order.
+        // By itself, few tokens go together, whose sums are in another order; where that moves an activation over the
+        // border between two int8 codes, logits differ by up to a few percent.
         for (i, (logits, _)) in all.iter().enumerate() {
             let (truth, _) = alone(&model, &on(Isa::best(), 2), sequences[i]);
             for (step, (got, truth)) in logits.iter().zip(&truth).enumerate() {
                 let (tolerance, difference) =
-                    (if file_type == "f32" { 1e-5 } else { 2e-2 }, difference(truth, got, truth.len()));
+                    (if file_type == "f32" { 1e-5 } else { 5e-2 }, difference(truth, got, truth.len()));
                 assert!(difference < tolerance, "{file_type}: sequence {i}, step {step}: {difference}");
             }
         }
@@ -115,14 +116,9 @@ fn wrong_steps_are_refused_and_change_nothing() {
         assert_eq!(batch.step(wrong).unwrap_err().kind(), ErrorKind::OutOfRange);
     }
     assert_eq!(batch.state(0).n_tokens(), 0);
-    let (other, _) = converted(
-        &dir,
-        &{
-            let (source, golden) = (dir.path().join("other"), Golden::load("falcon-1-layer"));
-            golden.model().write(&source);
-            source
-        },
-        "f32",
-    );
+    let source = dir.path().join("another");
+    std::fs::create_dir(&source).unwrap();
+    Golden::load("falcon-1-layer").model().write(&source);
+    let (other, _) = converted(&dir, &source, "f32");
     assert_eq!(batch.add(other.new_state()).unwrap_err().kind(), ErrorKind::Inconsistent);
 }
