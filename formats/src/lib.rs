@@ -15,6 +15,8 @@ mod json;
 pub mod limits;
 pub mod map;
 pub mod tokenizer;
+pub mod weight_type;
 
 pub use error::{Error, ErrorKind, Result};
 pub use ggml_type::GgmlType;
+pub use weight_type::WeightType;

@@ -15,6 +15,6 @@ pub mod text_stream;
 pub mod tokenizer;
 
 pub use forward::{Runner, RunnerOptions};
-pub use load::LoadOptions;
+pub use load::{LoadOptions, Quantize};
 pub use model::Model;
 pub use state::State;

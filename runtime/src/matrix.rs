@@ -2,8 +2,10 @@
 
 use crate::kernels::MatrixRef;
 use kestrel_formats::map::{Map, f32s};
-use kestrel_formats::{GgmlType, Result};
+use kestrel_formats::{GgmlType, Result, WeightType};
+use kestrel_quant::codec::scales::{self, Absmax};
 use std::ops::{Deref, Range};
+use std::sync::Arc;
 
 /// Bytes that are borrowed from a map for as long as the model lives, or owned by it.
 pub enum Bytes {
@@ -25,27 +27,91 @@ impl Deref for Bytes {
     }
 }
 
+/// Scales beside the codes of a matrix; see [`scales::Scales`].
+pub struct Scales {
+    /// Consecutive weights that share a scale.
+    pub blocksize: usize,
+    /// What weights are rounded to.
+    pub round_to: GgmlType,
+    /// The scales, or those of the scales.
+    pub absmax: Floats,
+    /// A byte per scale, where the scales are quantized.
+    pub nested: Option<Nested>,
+}
+
+/// How bytes become scales; see [`Absmax::Nested`].
+pub struct Nested {
+    /// One per scale.
+    pub codes: Bytes,
+    /// Scales that share an absmax.
+    pub blocksize: usize,
+    /// What the codes stand for.
+    pub map: Arc<[f32; 256]>,
+    /// Added to every scale.
+    pub offset: f32,
+}
+
+impl Scales {
+    fn view(&self) -> scales::Scales<'_> {
+        let absmax = match &self.nested {
+            None => Absmax::F32(&self.absmax),
+            Some(nested) => Absmax::Nested {
+                codes: &nested.codes,
+                absmax: &self.absmax,
+                blocksize: nested.blocksize,
+                map: &nested.map,
+                offset: nested.offset,
+            },
+        };
+        scales::Scales { blocksize: self.blocksize, round_to: self.round_to, absmax }
+    }
+
+    /// Bytes of the scales.
+    fn n_bytes(&self) -> usize {
+        4 * self.absmax.len() + self.nested.as_ref().map_or(0, |n| n.codes.len())
+    }
+}
+
 /// A weight matrix (rows, cols) of any type.
 pub struct Matrix {
     /// How the weights are stored.
-    pub dtype: GgmlType,
+    pub dtype: WeightType,
     /// Outputs.
     pub rows: usize,
     /// Inputs.
     pub cols: usize,
     bytes: Bytes,
+    scales: Option<Scales>,
 }
 
 impl Matrix {
     /// Checks that `bytes` is exactly rows × cols weights of `dtype`.
     pub fn new(dtype: GgmlType, rows: usize, cols: usize, bytes: Bytes) -> Result<Self> {
-        MatrixRef::new(dtype, rows, cols, &bytes)?;
-        Ok(Self { dtype, rows, cols, bytes })
+        Self::with_scales(dtype.into(), rows, cols, bytes, None)
+    }
+
+    /// As [`new`](Self::new), with the scales that the type asks for.
+    pub fn with_scales(
+        dtype: WeightType,
+        rows: usize,
+        cols: usize,
+        bytes: Bytes,
+        scales: Option<Scales>,
+    ) -> Result<Self> {
+        MatrixRef::with_scales(dtype, rows, cols, &bytes, scales.as_ref().map(Scales::view))?;
+        Ok(Self { dtype, rows, cols, bytes, scales })
     }
 
     /// The form that kernels take.
     pub fn view(&self) -> MatrixRef<'_> {
-        MatrixRef { dtype: self.dtype, rows: self.rows, cols: self.cols, bytes: &self.bytes }
+        let scales = self.scales.as_ref().map(Scales::view);
+        MatrixRef::with_scales(self.dtype, self.rows, self.cols, &self.bytes, scales)
+            .expect("checked when the matrix was made")
+    }
+
+    /// Bytes of the weights, scales included.
+    pub fn n_bytes(&self) -> usize {
+        self.bytes.len() + self.scales.as_ref().map_or(0, Scales::n_bytes)
     }
 }
 

@@ -9,6 +9,7 @@ use kestrel_quant::codec;
 use kestrel_quant::error_measure::{ErrorStats, relative_rmse_limit};
 use kestrel_quant::recipe::{FileType, Recipe};
 use kestrel_tests::goldens::{data_dir, tiny_dir};
+use kestrel_tests::load_reference;
 use serde_json::Value;
 
 const EXACT: [GgmlType; 5] = [GgmlType::Q8_0, GgmlType::Q4_0, GgmlType::Q4_1, GgmlType::Q5_0, GgmlType::Q5_1];
@@ -183,9 +184,7 @@ fn source(name: &str) -> Vec<f32> {
     }
     let checkpoint = Checkpoint::open(&tiny_dir()).unwrap();
     let t = checkpoint.tensor(name).expect("a tensor of the tiny model");
-    let mut bytes = vec![0; t.n_bytes as usize];
-    checkpoint.read(t, 0, &mut bytes).unwrap();
-    dequantize(t.dtype, &bytes)
+    load_reference::dequantized(&checkpoint, t)
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! One integration crate; each module is an area.
 #![allow(missing_docs)]
 
+mod bitsandbytes;
 mod checkpoint_malformed;
 mod codecs;
 mod convert;

@@ -1,7 +1,7 @@
 //! Activations in the form that a weight type multiplies with.
 
 use super::memory::{Aligned, SharedMut};
-use kestrel_formats::GgmlType;
+use kestrel_formats::WeightType;
 
 /// How activations are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,8 +16,8 @@ pub enum ActKind {
 
 impl ActKind {
     /// What weights of type `ty` multiply with; `precise` keeps f32 whatever the weights are.
-    pub fn for_weights(ty: GgmlType, precise: bool) -> Self {
-        match ty.block_len() {
+    pub fn for_weights(ty: impl Into<WeightType>, precise: bool) -> Self {
+        match ty.into().block_len() {
             _ if precise => Self::F32,
             32 => Self::Q8x32,
             256 => Self::Q8x256,

@@ -7,7 +7,6 @@ use super::matmul::{Job, MatrixRef, Scratch};
 use super::memory::{Channels, LANES, Out, SharedMut};
 use super::table::{Kernels, kernels};
 use crate::pool::Pool;
-use kestrel_quant::codec;
 use std::ops::Range;
 
 /// Threads, the kernels that they run and what each of them needs.
@@ -108,7 +107,7 @@ impl Compute {
     pub fn embed(&self, table: &MatrixRef<'_>, tokens: &[u32], out: &mut [f32]) {
         assert_eq!(out.len(), tokens.len() * table.cols);
         for (&token, out) in tokens.iter().zip(out.chunks_exact_mut(table.cols)) {
-            codec(table.dtype).dequantize(table.row(token as usize), out);
+            table.expand(token as usize, 0, out);
         }
     }
 
