@@ -5,13 +5,11 @@ use crate::metadata::{SOURCE_SHA256, source_sha256};
 use crate::plan::{Options, Plan, declarations, importance};
 use crate::progress::{Phase, Progress};
 use crate::rows::{Rows, pieces};
-use crate::stream::{Piece, Streaming, check_cancel, stream};
+use crate::stream::{Piece, Streaming, check_cancel, damage_hash, stream};
 use kestrel_formats::atomic_file::{AtomicFile, same_file};
 use kestrel_formats::gguf::{Gguf, layout};
 use kestrel_formats::map::Map;
 use kestrel_formats::{Error, ErrorKind, Result};
-use std::collections::hash_map::DefaultHasher;
-use std::hash::Hasher;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
@@ -114,7 +112,7 @@ fn convert_piece(
     file.write_at(offset, &scratch.out)?;
     progress.bytes(piece.n_bytes as u64, scratch.out.len() as u64);
     let piece = Piece { file: 0, offset, n_bytes: scratch.out.len(), ..*piece };
-    Ok(Written { piece, hash: hash(&scratch.out) })
+    Ok(Written { piece, hash: damage_hash(&scratch.out) })
 }
 
 /// Writes the padding behind each tensor and, now that the source's digests are known, the header.
@@ -172,7 +170,7 @@ fn check_written(
         || (),
         |(), piece, bytes| {
             progress.bytes(bytes.len() as u64, 0);
-            Ok((piece.tensor, hash(bytes)))
+            Ok((piece.tensor, damage_hash(bytes)))
         },
     )?;
     match found.results.iter().zip(&hashes).find(|((_, found), hash)| found != *hash) {
@@ -181,11 +179,4 @@ fn check_written(
             Err(damaged(format!("tensor \"{}\" of the output", plan.tensors[*tensor].name)))
         }
     }
-}
-
-/// Recognises accidental damage. Nothing outside this run sees the value.
-fn hash(bytes: &[u8]) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    hasher.write(bytes);
-    hasher.finish()
 }

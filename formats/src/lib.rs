@@ -6,6 +6,7 @@
 
 pub mod arch;
 pub mod atomic_file;
+pub mod atomic_folder;
 pub mod checkpoint;
 pub mod error;
 pub mod ggml_type;

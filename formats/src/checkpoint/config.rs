@@ -132,6 +132,11 @@ impl Config {
         Ok(config)
     }
 
+    /// All fields as written.
+    pub fn fields(&self) -> &Map<String, Value> {
+        &self.fields
+    }
+
     /// The raw value of a field.
     pub fn field(&self, name: &str) -> Option<&Value> {
         self.fields.get(name)

@@ -8,6 +8,7 @@ mod config;
 pub(crate) mod folder;
 mod header;
 mod index;
+pub mod write;
 
 pub use bitsandbytes::{Declared, Nested, QuantState};
 pub use config::{Config, GenerationConfig};
@@ -20,7 +21,7 @@ use crate::tokenizer::TokenizerData;
 use crate::{Error, ErrorKind, GgmlType, Result, WeightType};
 use folder::{Folder, Opened, read_exact_at};
 use index::{Index, PICKLE_SUFFIXES};
-use safetensors::Dtype;
+pub use safetensors::Dtype;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -28,9 +29,9 @@ use std::sync::OnceLock;
 use std::time::SystemTime;
 
 /// The index of a checkpoint in several shards.
-const INDEX_NAME: &str = "model.safetensors.index.json";
+pub const INDEX_NAME: &str = "model.safetensors.index.json";
 /// The only shard of a checkpoint without an index.
-const SINGLE_NAME: &str = "model.safetensors";
+pub const SINGLE_NAME: &str = "model.safetensors";
 
 /// A validated checkpoint folder. Its shards stay open.
 pub struct Checkpoint {
