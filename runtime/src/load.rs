@@ -172,7 +172,13 @@ impl CheckpointSource<'_> {
                 (floats(&nested.absmax)?, Some(nested_scales))
             }
         };
-        Ok(matrix::Scales { blocksize: state.blocksize as usize, round_to: state.dtype, absmax, nested })
+        Ok(matrix::Scales {
+            blocksize: state.blocksize as usize,
+            round_to: state.dtype,
+            absmax,
+            nested,
+            largest: state.largest,
+        })
     }
 
     /// Calls `quantize` with the weights of a matrix as f32, in pieces of `chunk` consecutive weights (the last may be
@@ -245,6 +251,7 @@ impl CheckpointSource<'_> {
             let scales = matrix::Scales {
                 blocksize: cols,
                 round_to: GgmlType::F32,
+                largest: largest(&absmax),
                 absmax: Floats::Owned(absmax),
                 nested: None,
             };
@@ -259,6 +266,7 @@ impl CheckpointSource<'_> {
             SourceTensor { dtype: WeightType::Ggml(ty), .. } => *ty,
             SourceTensor { state, .. } => state.as_ref().map_or(GgmlType::F32, |s| s.dtype),
         };
+        let largest = largest(&absmax);
         let scales = match bnb.double_quant {
             false => (absmax, None),
             true => {
@@ -270,10 +278,19 @@ impl CheckpointSource<'_> {
             }
         };
         let (absmax, nested) = scales;
-        let scales =
-            matrix::Scales { blocksize: bnb.blocksize, round_to, absmax: Floats::Owned(absmax), nested };
+        let scales = matrix::Scales {
+            blocksize: bnb.blocksize,
+            round_to,
+            absmax: Floats::Owned(absmax),
+            nested,
+            largest,
+        };
         Matrix::with_scales(bnb.dtype, rows, cols, Bytes::Owned(bytes), Some(scales))
     }
+}
+
+fn largest(scales: &[f32]) -> f32 {
+    scales.iter().fold(0f32, |max, x| max.max(*x))
 }
 
 impl WeightSource for CheckpointSource<'_> {

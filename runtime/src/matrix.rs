@@ -1,6 +1,6 @@
 //! Weights where they lie: in the mapped file, or in memory when they were quantized at load.
 
-use crate::kernels::MatrixRef;
+use crate::kernels::{self, ActKind, MatrixRef};
 use kestrel_formats::map::{Map, f32s};
 use kestrel_formats::{GgmlType, Result, WeightType};
 use kestrel_quant::codec::scales::{self, Absmax};
@@ -37,6 +37,8 @@ pub struct Scales {
     pub absmax: Floats,
     /// A byte per scale, where the scales are quantized.
     pub nested: Option<Nested>,
+    /// No scale is larger; the largest, or a little more where scales are quantized.
+    pub largest: f32,
 }
 
 /// How bytes become scales; see [`Absmax::Nested`].
@@ -107,6 +109,28 @@ impl Matrix {
         let scales = self.scales.as_ref().map(Scales::view);
         MatrixRef::with_scales(self.dtype, self.rows, self.cols, &self.bytes, scales)
             .expect("checked when the matrix was made")
+    }
+
+    /// The form of the activations that it multiplies `n_tokens` of; `precise` keeps f32 whatever the weights are.
+    ///
+    /// What bitsandbytes made is multiplied exactly for few tokens, where the memory is the limit and not arithmetic,
+    /// and as Q8_0 for many.
+    pub(crate) fn act_kind(&self, precise: bool, n_tokens: usize) -> ActKind {
+        match (self.dtype, &self.scales) {
+            (WeightType::Ggml(ty), _) => ActKind::for_weights(ty, precise),
+            (_, Some(scales))
+                if !precise
+                    && kernels::multiplies_as_q8_0(n_tokens, self.cols, scales.blocksize, scales.largest) =>
+            {
+                ActKind::for_weights(GgmlType::Q8_0, false)
+            }
+            _ => ActKind::F32,
+        }
+    }
+
+    /// Whether it may be multiplied as Q8_0, for which the kernels need room.
+    pub(crate) fn has_scales_beside(&self) -> bool {
+        self.scales.is_some()
     }
 
     /// Bytes of the weights, scales included.

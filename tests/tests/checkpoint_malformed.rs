@@ -320,7 +320,17 @@ fn c_config() {
         (
             "C19_bitsandbytes",
             config(json!({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": true}})),
+            Warning("no tensor is quantized"),
+        ),
+        (
+            "C19_gptq",
+            config(json!({"quantization_config": {"quant_method": "gptq", "bits": 4}})),
             Error(Unsupported),
+        ),
+        (
+            "C19_4_and_8_bits",
+            config(json!({"quantization_config": {"load_in_4bit": true, "load_in_8bit": true}})),
+            Error(Inconsistent),
         ),
         ("C20_missing_tensor", builder().without("backbone.layers.0.mixer.A_log"), Error(Missing)),
         ("C21_eos_text", config(json!({"eos_token_id": "11"})), Error(WrongType)),

@@ -38,6 +38,8 @@ pub struct QuantState {
     pub absmax: Place,
     /// How a byte becomes a scale.
     pub nested: Option<Nested>,
+    /// No scale is larger; the largest, or a little more where scales are quantized.
+    pub largest: f32,
 }
 
 /// Scales that are quantized themselves: `scale = map[byte] * absmax + offset`.
@@ -268,11 +270,10 @@ impl Parts<'_> {
         }
         let map = self.part(t, &format!("{}.quant_map", t.name))?;
         self.check_quant_map(map, ty)?;
-        let nested = match self.find(&format!("{}.nested_absmax", t.name)) {
+        let (nested, largest) = match self.find(&format!("{}.nested_absmax", t.name)) {
             None => {
                 self.check_list(absmax, Dtype::F32, n_blocks)?;
-                self.check_scales(absmax, 0.0)?;
-                None
+                (None, self.check_scales(absmax, 0.0)?)
             }
             Some(nested_absmax) => {
                 self.check_list(absmax, Dtype::U8, n_blocks)?;
@@ -285,12 +286,20 @@ impl Parts<'_> {
                     return Err(wrong(ErrorKind::Unsupported, "nested_dtype").expected("\"float32\""));
                 }
                 self.check_list(nested_absmax, Dtype::F32, n_blocks.div_ceil(blocksize))?;
-                self.check_scales(nested_absmax, offset)?;
+                let largest = self.check_scales(nested_absmax, offset)?;
                 let map = self.part(t, &format!("{}.nested_quant_map", t.name))?;
-                Some(Nested { blocksize, absmax: nested_absmax.place, map: self.nested_map(map)?, offset })
+                (
+                    Some(Nested {
+                        blocksize,
+                        absmax: nested_absmax.place,
+                        map: self.nested_map(map)?,
+                        offset,
+                    }),
+                    largest,
+                )
             }
         };
-        Ok((ty, vec![rows, cols], QuantState { blocksize, dtype, absmax: absmax.place, nested }))
+        Ok((ty, vec![rows, cols], QuantState { blocksize, dtype, absmax: absmax.place, nested, largest }))
     }
 
     fn int8(&self, t: &RawTensor) -> Result<(WeightType, Vec<u64>, QuantState)> {
@@ -303,7 +312,7 @@ impl Parts<'_> {
         };
         let scales = self.part(t, &format!("{module}.SCB"))?;
         self.check_list(scales, Dtype::F32, rows)?;
-        self.check_scales(scales, 0.0)?;
+        let largest = self.check_scales(scales, 0.0)?;
         if let Some(format) = self.find(&format!("{module}.weight_format")) {
             self.check_list(format, Dtype::U8, 1)?;
             let bytes = self.read(format)?;
@@ -314,7 +323,8 @@ impl Parts<'_> {
                     .found(format!("{bytes:?}")));
             }
         }
-        let state = QuantState { blocksize: cols, dtype: GgmlType::F32, absmax: scales.place, nested: None };
+        let state =
+            QuantState { blocksize: cols, dtype: GgmlType::F32, absmax: scales.place, nested: None, largest };
         Ok((WeightType::Int8, t.shape.clone(), state))
     }
 
@@ -380,8 +390,9 @@ impl Parts<'_> {
             .found(format!("{} {:?}", t.dtype, t.shape)))
     }
 
-    /// Every scale is finite and not negative, and still finite after `offset` is added.
-    fn check_scales(&self, t: &RawTensor, offset: f32) -> Result<()> {
+    /// Every scale is finite and not negative, and still finite after `offset` is added. Returns the largest then.
+    fn check_scales(&self, t: &RawTensor, offset: f32) -> Result<f32> {
+        let mut largest = 0f32;
         let mut bytes = Vec::new();
         let mut done = 0;
         while done < t.place.n_bytes {
@@ -397,9 +408,10 @@ impl Parts<'_> {
                     .expected("finite scales, not negative")
                     .found(found));
             }
+            largest = f32s(&bytes).fold(largest, f32::max);
             done += bytes.len() as u64;
         }
-        Ok(())
+        Ok(largest + offset.abs())
     }
 
     fn check_quant_map(&self, t: &RawTensor, ty: WeightType) -> Result<()> {

@@ -1,7 +1,7 @@
 //! Activations in the form that a weight type multiplies with.
 
 use super::memory::{Aligned, SharedMut};
-use kestrel_formats::WeightType;
+use kestrel_formats::GgmlType;
 
 /// How activations are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,9 +15,9 @@ pub enum ActKind {
 }
 
 impl ActKind {
-    /// What weights of type `ty` multiply with; `precise` keeps f32 whatever the weights are.
-    pub fn for_weights(ty: impl Into<WeightType>, precise: bool) -> Self {
-        match ty.into().block_len() {
+    /// What weights of type `ty` multiply with (`Matrix::act_kind` for those of bitsandbytes); `precise` keeps f32 whatever the weights are.
+    pub fn for_weights(ty: GgmlType, precise: bool) -> Self {
+        match ty.block_len() {
             _ if precise => Self::F32,
             32 => Self::Q8x32,
             256 => Self::Q8x256,

@@ -4,6 +4,7 @@
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for the contracts of `Lanes` and `Matmul` alone
 
 use super::acts::Acts;
+use super::beside;
 use super::lanes::Lanes;
 use super::memory::{Aligned, LANES, Out};
 use kestrel_formats::{Error, ErrorKind, GgmlType, Result, WeightType};
@@ -71,6 +72,11 @@ impl<'a> MatrixRef<'a> {
         &self.bytes[r * self.row_bytes()..][..self.row_bytes()]
     }
 
+    /// The scales of row `r` and what they call its first weight, of a type that has them beside its codes.
+    pub(crate) fn beside(&self, r: usize) -> (&Scales<'a>, usize) {
+        (self.scales.as_ref().expect("a type with scales beside its codes"), self.first + r * self.cols)
+    }
+
     /// Rows `range` as a matrix.
     pub(crate) fn slice(&self, range: Range<usize>) -> Self {
         let bytes = &self.bytes[range.start * self.row_bytes()..range.end * self.row_bytes()];
@@ -124,6 +130,8 @@ pub(crate) struct Scratch {
     pub terms: Aligned<f32>,
     /// Sums over the panels so far, [token][row].
     pub sums: Aligned<f32>,
+    /// Rows of a matrix of bitsandbytes as Q8_0; empty where there is none.
+    pub blocks: Vec<u8>,
 }
 
 impl Scratch {
@@ -135,6 +143,7 @@ impl Scratch {
             scales: Aligned::zeroed(PANEL_COLS / 16 * PANEL_ROWS * 2),
             terms: Aligned::zeroed(n_tokens * PANEL_COLS / 16),
             sums: Aligned::zeroed(n_tokens * PANEL_ROWS),
+            blocks: Vec::new(),
         }
     }
 }
@@ -161,7 +170,8 @@ pub(crate) unsafe fn f32_matmul<L: Lanes>(job: &Job<'_>, scratch: &mut Scratch) 
 #[inline(always)]
 unsafe fn f32_rows<L: Lanes>(job: &Job<'_>, row0: usize, n_rows: usize, scratch: &mut Scratch) {
     let mut out = [[0.0; LANES]; F32_PANEL_TOKENS];
-    for r in 0..n_rows {
+    let done = beside::f32_rows::<L>(job, row0, &mut out, n_rows, scratch);
+    for r in if done { 0..0 } else { 0..n_rows } {
         let bytes = job.weights.row(row0 + r).as_ptr();
         match job.weights.dtype {
             WeightType::Ggml(GgmlType::F32) => {
@@ -174,6 +184,12 @@ unsafe fn f32_rows<L: Lanes>(job: &Job<'_>, row0: usize, n_rows: usize, scratch:
             }
             WeightType::Ggml(GgmlType::Bf16) => {
                 let load = |k| L::load_bf16(bytes.add(2 * k));
+                dots::<L>(job, row0 + r, 0, job.weights.cols, load, |t, sum| out[t][r] = sum);
+            }
+            WeightType::Int8 => {
+                let (scales, first) = job.weights.beside(row0 + r);
+                let scale = scales.absmax.get(first / scales.blocksize);
+                let load = |k| beside::int8_weights::<L>(bytes.add(k), scale);
                 dots::<L>(job, row0 + r, 0, job.weights.cols, load, |t, sum| out[t][r] = sum);
             }
             _ => {
