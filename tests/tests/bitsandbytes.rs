@@ -15,7 +15,7 @@ use kestrel_tests::bitsandbytes::{SMALL_KINDS, TINY_KINDS, folder, sharded};
 use kestrel_tests::goldens::{self, Golden};
 use kestrel_tests::load_reference::dequantized;
 use kestrel_tests::random_model::normal;
-use kestrel_tests::running::{convert, difference, logits, logits_in_pieces, on, open};
+use kestrel_tests::running::{convert, difference, logits, logits_in_pieces, on, open, where_present};
 use kestrel_tests::safetensors::{self, Tensors};
 use kestrel_tests::temp_dir::TempDir;
 use serde_json::{Value, json};
@@ -209,15 +209,6 @@ fn equals_transformers(isa: Isa) {
             golden.compare(&got).expect_within(TOLERANCE, &who);
         }
     }
-}
-
-/// Runs `test` if this machine has the instruction set. `KESTREL_REQUIRE_ISA=a,b` makes its absence a failure.
-fn where_present(isa: Isa, test: fn(Isa)) {
-    if isa.supported() {
-        return test(isa);
-    }
-    let required = std::env::var("KESTREL_REQUIRE_ISA").unwrap_or_default();
-    assert!(!required.split(',').any(|name| name == isa.name()), "{} is required and absent", isa.name());
 }
 
 #[test]

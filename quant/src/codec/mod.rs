@@ -4,7 +4,8 @@
 //! runtime's kernels use those and keep no second copy. Every block type decodes as
 //! `weight = scale(sub-block) * code - min(sub-block)`, with codes as signed bytes in the order of the row.
 //!
-//! Layouts: ggml's public block structures (`ggml-common.h`).
+//! Layouts: ggml's public block structures (`ggml-common.h`). The types of bitsandbytes ([`bnb4`], [`bnb8`]) have their
+//! scales beside the codes ([`scales`]) and join at [`dequantize`].
 
 pub mod bnb4;
 pub mod bnb8;
