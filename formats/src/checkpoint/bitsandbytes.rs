@@ -398,7 +398,7 @@ impl Parts<'_> {
         while done < t.place.n_bytes {
             bytes.resize((t.place.n_bytes - done).min(CHECK_BYTES as u64) as usize, 0);
             self.read_at(t, done, &mut bytes)?;
-            let bad = f32s(&bytes).position(|x| !(x >= 0.0 && (x + offset.abs()).is_finite()));
+            let bad = f32s(&bytes).position(|x| x < 0.0 || !(x + offset.abs()).is_finite());
             if let Some(i) = bad {
                 let found = f32s(&bytes).nth(i).unwrap_or(f32::NAN);
                 let at = t.place.offset + done + 4 * i as u64;
@@ -418,8 +418,8 @@ impl Parts<'_> {
         self.check_list(t, Dtype::F32, 16)?;
         let bytes = self.read(t)?;
         let values = ty.code_values().into_iter().flatten();
-        // A NaN is far from everything.
-        match f32s(&bytes).zip(values).find(|(got, want)| !((got - *want).abs() <= QUANT_MAP_TOLERANCE)) {
+        let differs = |got: f32, want: f32| got.is_nan() || (got - want).abs() > QUANT_MAP_TOLERANCE;
+        match f32s(&bytes).zip(values).find(|(got, want)| differs(*got, **want)) {
             None => Ok(()),
             Some((got, want)) => Err(self
                 .error(ErrorKind::Inconsistent, t)

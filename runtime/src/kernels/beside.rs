@@ -156,7 +156,7 @@ unsafe fn row_sum<L: Lanes>(
         let block = (first + k) / scales.blocksize;
         let end = ((block + 1) * scales.blocksize - first).min(x.len());
         let table = table(scales.absmax.get(block));
-        // SAFETY: `k` and `end` are multiples of 32 within the row.
+        // Both are multiples of 32 within the row.
         while k + 2 * STEP <= end {
             add_step(table, &codes[k / 2..][..LANES], &x[k..][..STEP], &mut sums, 0);
             add_step(table, &codes[(k + STEP) / 2..][..LANES], &x[k + STEP..][..STEP], &mut sums, 2);
