@@ -404,7 +404,9 @@ fn bitsandbytes_folders_are_written_inspected_and_run() {
     assert!(!run(args!["run", tiny(), "--load-in-8bit", "--quant-type", "int8"]).is_empty());
 
     let gguf = dir.path("x.gguf");
-    ok(kestrel(args!["convert", out, "-o", gguf, "--type", "q8_0"]));
+    let warned = kestrel(args!["convert", out, "-o", gguf, "--type", "q8_0"]);
+    assert_eq!(warned.status.code(), Some(0));
+    assert!(stderr(&warned).contains("24 tensors are quantized already"), "{}", stderr(&warned));
     ok(kestrel(args!["verify", gguf, "--source", out]));
     let other = dir.path("other");
     for usage in [

@@ -130,7 +130,11 @@ mod tests {
         put(&folder, "config.json", b"{}");
         put(&folder, "old", b"x");
         assert!(!out.exists());
-        folder.commit(|temp| Ok(assert_eq!(names(temp), ["config.json", "old"]))).unwrap();
+        let check = |temp: &Path| {
+            assert_eq!(names(temp), ["config.json", "old"]);
+            Ok(())
+        };
+        folder.commit(check).unwrap();
         assert_eq!(AtomicFolder::create(&out, false).unwrap_err().kind(), ErrorKind::OutputExists);
 
         let failed = AtomicFolder::create(&out, true).unwrap();

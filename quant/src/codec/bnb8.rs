@@ -6,7 +6,7 @@ use super::scales::Scales;
 use kestrel_formats::{Error, ErrorKind, Result};
 
 /// 1/127 as the library multiplies with it.
-pub const INVERSE_127: f32 = 7.874_015_7e-3;
+pub const INVERSE_127: f32 = 7.874_016e-3;
 
 /// Quantizes one row and returns its scale. As in the library the numbers become f16 first. Codes and scale are those
 /// of its `int8_vectorwise_quant` without outliers.
