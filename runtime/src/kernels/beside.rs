@@ -51,7 +51,7 @@ pub(crate) unsafe fn int_matmul(kernels: &Kernels, job: &Job<'_>, scratch: &mut 
         }
         let weights = MatrixRef::new(GgmlType::Q8_0, n_rows, cols, &blocks[..n_rows * row_bytes]);
         let weights = weights.expect("whole blocks of 32, see `multiplies_as_q8_0`");
-        let panel = Job { weights, rows: 0..n_rows, acts: job.acts, out: job.out.from_row(row0) };
+        let panel = Job { weights, rows: 0..n_rows, acts: job.acts, out: job.out.starting_at(row0) };
         (kernels.int_matmul)(&panel, scratch);
     }
     scratch.blocks = blocks;
@@ -151,9 +151,8 @@ unsafe fn row_sum<L: Lanes>(
     table: impl Fn(f32) -> L,
 ) -> f32 {
     let mut sums = [L::splat(0.0); 4];
-    let mut k = 0;
+    let (mut k, mut block) = (0, first / scales.blocksize);
     while k < x.len() {
-        let block = (first + k) / scales.blocksize;
         let end = ((block + 1) * scales.blocksize - first).min(x.len());
         let table = table(scales.absmax.get(block));
         // Both are multiples of 32 within the row.
@@ -166,6 +165,7 @@ unsafe fn row_sum<L: Lanes>(
             add_step(table, &codes[k / 2..][..LANES], &x[k..][..STEP], &mut sums, 0);
             k += STEP;
         }
+        block += 1;
     }
     sums[0].add(sums[1]).add(sums[2].add(sums[3])).sum()
 }

@@ -130,7 +130,7 @@ impl<'a> Out<'a> {
     }
 
     /// The same place with rows counted from `row`, a multiple of 16.
-    pub fn from_row(&self, row: usize) -> Self {
+    pub fn starting_at(&self, row: usize) -> Self {
         debug_assert!(row.is_multiple_of(LANES));
         Self { row0: self.row0 + row, ..*self }
     }
