@@ -2,7 +2,7 @@
 
 use crate::commands::Command;
 use clap::{Args, Parser, ValueEnum};
-use kestrel_formats::GgmlType;
+use kestrel_formats::{GgmlType, WeightType};
 use kestrel_quant::recipe::FileType;
 use std::path::PathBuf;
 
@@ -77,14 +77,15 @@ impl ThreadCounts {
 /// What `convert` and `quantize` have in common.
 #[derive(Args)]
 pub struct ConversionArgs {
-    /// File to write; it appears when it is complete
-    #[arg(short, long, value_name = "OUT.gguf", required_unless_present = "dry_run")]
+    /// File to write, or folder for the bnb types; it appears when it is complete
+    #[arg(short, long, value_name = "OUT", required_unless_present = "dry_run")]
     pub output: Option<PathBuf>,
 
     /// Type of most tensors, as llama-quantize spells it: f32 f16 bf16 q8_0 q4_0 q4_1 q5_0 q5_1 q2_k q3_k_s
-    /// q3_k_m q3_k_l q4_k_s q4_k_m q5_k_s q5_k_m q6_k iq4_nl iq4_xs
-    #[arg(long = "type", value_name = "TYPE", value_parser = parse_file_type)]
-    pub file_type: FileType,
+    /// q3_k_m q3_k_l q4_k_s q4_k_m q5_k_s q5_k_m q6_k iq4_nl iq4_xs; or a checkpoint folder as bitsandbytes saves it:
+    /// bnb-nf4 bnb-fp4 bnb-int8 (convert only)
+    #[arg(long = "type", value_name = "TYPE", value_parser = parse_output_type)]
+    pub output_type: OutputType,
 
     /// Another type for the tensors whose GGUF name the regular expression finds; the first match wins (repeatable)
     #[arg(long, value_name = "REGEX=TYPE", value_parser = parse_override)]
@@ -101,7 +102,7 @@ pub struct ConversionArgs {
     #[arg(long)]
     pub dry_run: bool,
 
-    /// Replace OUT.gguf if it exists
+    /// Replace OUT if it exists
     #[arg(long)]
     pub force: bool,
 }
@@ -119,9 +120,25 @@ pub struct TextArgs {
     pub file: Option<PathBuf>,
 }
 
-fn parse_file_type(name: &str) -> Result<FileType, String> {
-    FileType::parse(name).map_err(|_| {
-        let names: Vec<_> = FileType::all().map(FileType::name).collect();
+/// What a conversion makes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum OutputType {
+    /// A GGUF file.
+    Gguf(FileType),
+    /// A checkpoint folder of bitsandbytes.
+    Bnb(WeightType),
+}
+
+const BNB_TYPES: [(&str, WeightType); 3] =
+    [("bnb-nf4", WeightType::Nf4), ("bnb-fp4", WeightType::Fp4), ("bnb-int8", WeightType::Int8)];
+
+fn parse_output_type(name: &str) -> Result<OutputType, String> {
+    if let Some((_, ty)) = BNB_TYPES.iter().find(|(bnb, _)| bnb.eq_ignore_ascii_case(name)) {
+        return Ok(OutputType::Bnb(*ty));
+    }
+    FileType::parse(name).map(OutputType::Gguf).map_err(|_| {
+        let names: Vec<_> =
+            FileType::all().map(FileType::name).chain(BNB_TYPES.map(|(name, _)| name)).collect();
         format!("the types are {}", names.join(" "))
     })
 }

@@ -53,7 +53,7 @@ pub fn check() -> Result<()> {
     }
 }
 
-/// Removes what `formats::atomic_file` has under way: it names its files `.NAME.kestrel-partial-PID[-N]`.
+/// Removes what `formats::atomic_file` or `atomic_folder` has under way: `.NAME.kestrel-partial-PID[-N]`.
 fn remove_temporary() {
     let Some(output) = OUTPUT.lock().unwrap_or_else(|e| e.into_inner()).take() else { return };
     let folder = output.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
@@ -64,7 +64,7 @@ fn remove_temporary() {
             end.is_empty() || end.strip_prefix('-').is_some_and(|n| n.bytes().all(|b| b.is_ascii_digit()))
         });
         if is_ours {
-            let _ = std::fs::remove_file(entry.path());
+            let _ = std::fs::remove_file(entry.path()).or_else(|_| std::fs::remove_dir_all(entry.path()));
         }
     }
 }

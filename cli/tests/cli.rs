@@ -381,6 +381,53 @@ fn a_folder_runs_directly_and_quantized_in_memory() {
 }
 
 #[test]
+fn bitsandbytes_folders_are_written_inspected_and_run() {
+    let dir = Folder::new("bnb");
+    let out = dir.path("nf4");
+    let write = || args!["convert", tiny(), "-o", out, "--type", "bnb-nf4", "--compute-dtype", "bfloat16"];
+    ok(kestrel(write()));
+    assert_eq!(dir.names(), ["nf4"]);
+    assert_eq!(error(write())["kind"], "OutputExists");
+    let mut again = write();
+    again.extend(args!["--force", "--double-quant"]);
+    ok(kestrel(again));
+
+    let inspected: Json = serde_json::from_str(&ok(kestrel(args!["inspect", out, "--json"]))).unwrap();
+    assert_eq!(inspected["totals"]["NF4"]["n_tensors"], 24);
+    assert_eq!(inspected["metadata"]["quantization_config"]["bnb_4bit_compute_dtype"], "bfloat16");
+    let packed = inspected["tensors"].as_array().unwrap().iter().find(|t| t["type"] == "NF4").unwrap();
+    let bits = packed["bits_per_weight"].as_f64().unwrap();
+    assert!((4.125..4.13).contains(&bits), "{bits}");
+    assert!(packed["quantization"].as_str().unwrap().contains("scales in blocks of 256"), "{packed}");
+
+    let run = |args: Vec<std::ffi::OsString>| {
+        ok(kestrel([args, args!["-p", "It was", "-n", "6", "--temp", "0"]].concat()))
+    };
+    let at_load = args!["--load-in-4bit", "--bnb-4bit-quant-type", "nf4", "--bnb-4bit-use-double-quant"];
+    assert_eq!(run(args!["run", out]), run([args!["run", tiny()], at_load].concat()));
+    assert!(!run(args!["run", tiny(), "--load-in-8bit", "--quant-type", "int8"]).is_empty());
+
+    let gguf = dir.path("x.gguf");
+    let warned = kestrel(args!["convert", out, "-o", gguf, "--type", "q8_0"]);
+    assert_eq!(warned.status.code(), Some(0));
+    assert!(stderr(&warned).contains("24 tensors are quantized already"), "{}", stderr(&warned));
+    ok(kestrel(args!["verify", gguf, "--source", out]));
+    let other = dir.path("other");
+    for usage in [
+        args!["convert", tiny(), "-o", other, "--type", "bnb-nf4", "--blocksize", "48"],
+        args!["convert", tiny(), "-o", other, "--type", "bnb-int8", "--double-quant"],
+        args!["convert", tiny(), "-o", other, "--type", "q8_0", "--blocksize", "64"],
+        args!["convert", tiny(), "-o", other, "--type", "bnb-fp4", "--tensor-type", "x=q8_0"],
+        args!["quantize", gguf, "-o", other, "--type", "bnb-nf4"],
+        args!["run", tiny(), "-p", "a", "--bnb-4bit-quant-type", "nf4"],
+        args!["run", tiny(), "-p", "a", "--load-in-4bit", "--bnb-4bit-use-double-quant"],
+    ] {
+        assert_eq!(error(usage)["kind"], "Usage");
+    }
+    assert_eq!(dir.names(), ["nf4", "x.gguf"]);
+}
+
+#[test]
 fn perplexity_and_divergence_come_as_numbers() {
     let folder = Folder::new("perplexity");
     let corpus = std::fs::read(tiny().join("../texts/a-tale-of-two-cities-200000.txt")).unwrap();

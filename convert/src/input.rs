@@ -2,10 +2,13 @@
 
 use crate::stream::read_at;
 use kestrel_formats::arch::{self, HyperParams, Role, TensorSpec, Transform};
-use kestrel_formats::checkpoint::Checkpoint;
+use kestrel_formats::checkpoint::{self, Checkpoint, QuantState};
 use kestrel_formats::gguf::{self, Gguf};
 use kestrel_formats::map::open_regular;
-use kestrel_formats::{Error, ErrorKind, GgmlType, Result};
+use kestrel_formats::{Error, ErrorKind, GgmlType, Result, WeightType};
+use kestrel_quant::codec::scales::{Absmax, Scales};
+use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -127,10 +130,13 @@ pub(crate) struct InputTensor {
     pub name: String,
     /// Name in the source.
     pub source_name: String,
-    pub dtype: GgmlType,
+    pub dtype: WeightType,
     /// Shape in GGUF, (rows, cols) or (n).
     pub shape: Vec<u64>,
+    /// The weights, or the codes of a matrix of bitsandbytes.
     pub place: Place,
+    /// What such a matrix has beside its codes; the shards are `Input::files`.
+    pub state: Option<QuantState>,
     /// What is left to do to the numbers.
     pub transform: Transform,
 }
@@ -147,8 +153,8 @@ impl InputTensor {
 }
 
 /// Bytes of a row; the readers and the recipe make sure that blocks divide it.
-pub(crate) fn row_bytes(dtype: GgmlType, cols: u64) -> u64 {
-    dtype.bytes_for(cols).unwrap_or(0)
+pub(crate) fn row_bytes(dtype: impl Into<WeightType>, cols: u64) -> u64 {
+    dtype.into().bytes_for(cols).unwrap_or(0)
 }
 
 /// Everything that is read, in the order of the output.
@@ -157,6 +163,8 @@ pub(crate) struct Input {
     pub tied: bool,
     pub files: Vec<InputFile>,
     pub tensors: Vec<InputTensor>,
+    /// The files again, for scales that lie elsewhere than the codes; empty if there are none.
+    beside: Vec<File>,
 }
 
 impl Input {
@@ -180,7 +188,8 @@ impl Input {
                 source_name,
                 dtype: t.dtype,
                 shape: (spec.shape)(&h).iter().map(|&n| n as u64).collect(),
-                place: Place { file: t.shard, offset: t.offset, n_bytes: t.n_bytes },
+                place: Place { file: t.place.shard, offset: t.place.offset, n_bytes: t.place.n_bytes },
+                state: t.state.clone(),
                 transform: match spec.transform {
                     Transform::RmsEpsScale if h.x_proj_scale() == 1.0 => Transform::None,
                     other => other,
@@ -194,8 +203,12 @@ impl Input {
             tied = equal_bytes(&files, &embedding, &output)?;
         }
         let tensors = arch::tensors(&h, tied).into_iter().map(|(s, l)| find(s, l)).collect::<Result<_>>()?;
+        let beside = match c.tensors().iter().any(|t| t.state.is_some()) {
+            true => files.iter().map(|f| open_regular(&f.path)).collect::<Result<_>>()?,
+            false => Vec::new(),
+        };
         c.check_unchanged()?; // since its headers were read
-        Ok(Self { h, tied, files, tensors })
+        Ok(Self { h, tied, files, tensors, beside })
     }
 
     /// The parts of a GGUF file.
@@ -216,14 +229,69 @@ impl Input {
                 spec,
                 source_name: name.clone(),
                 name,
-                dtype: t.dtype,
+                dtype: t.dtype.into(),
                 shape: t.shape.clone(),
                 place: Place { file: t.part, offset: t.offset, n_bytes: t.n_bytes },
+                state: None,
                 transform: Transform::None, // done when the file was made
             })
         };
         let tensors = arch::tensors(&h, tied).into_iter().map(find).collect::<Result<_>>()?;
-        Ok(Self { h, tied, files, tensors })
+        Ok(Self { h, tied, files, tensors, beside: Vec::new() })
+    }
+
+    /// Reads the scales of weights `first..first + n` of a tensor, if it has them beside its codes.
+    pub(crate) fn scales(&self, t: &InputTensor, first: u64, n: u64) -> Result<Option<PieceScales>> {
+        let Some(state) = &t.state else { return Ok(None) };
+        let blocks = first / state.blocksize..(first + n).div_ceil(state.blocksize);
+        let absmax = match &state.nested {
+            None => self.read_f32(&state.absmax, blocks.clone())?,
+            Some(nested) => {
+                let mut codes = vec![0; (blocks.end - blocks.start) as usize];
+                self.read_beside(&state.absmax, blocks.start, &mut codes)?;
+                let outer = blocks.start / nested.blocksize..blocks.end.div_ceil(nested.blocksize);
+                let absmax = self.read_f32(&nested.absmax, outer.clone())?;
+                // Codes are counted from the first whose outer block was read.
+                let skipped = (blocks.start - outer.start * nested.blocksize) as usize;
+                codes.splice(..0, std::iter::repeat_n(0, skipped));
+                let scales = Absmax::Nested {
+                    codes: &codes,
+                    absmax: &absmax,
+                    blocksize: nested.blocksize as usize,
+                    map: &nested.map,
+                    offset: nested.offset,
+                };
+                (skipped..codes.len()).map(|block| scales.get(block)).collect()
+            }
+        };
+        let first = (first - blocks.start * state.blocksize) as usize;
+        Ok(Some(PieceScales { absmax, first, blocksize: state.blocksize as usize, round_to: state.dtype }))
+    }
+
+    fn read_f32(&self, place: &checkpoint::Place, range: Range<u64>) -> Result<Vec<f32>> {
+        let mut bytes = vec![0; 4 * (range.end - range.start) as usize];
+        self.read_beside(place, 4 * range.start, &mut bytes)?;
+        Ok(bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
+    }
+
+    fn read_beside(&self, place: &checkpoint::Place, offset: u64, buf: &mut [u8]) -> Result<()> {
+        read_at(&self.beside[place.shard], &self.files[place.shard], place.offset + offset, buf)
+    }
+}
+
+/// Scales of some rows of a matrix.
+pub(crate) struct PieceScales {
+    absmax: Vec<f32>,
+    /// Where in the first block the rows begin.
+    pub first: usize,
+    blocksize: usize,
+    round_to: GgmlType,
+}
+
+impl PieceScales {
+    /// The form that codecs take; weights are counted from the begin of the first block.
+    pub(crate) fn view(&self) -> Scales<'_> {
+        Scales { blocksize: self.blocksize, round_to: self.round_to, absmax: Absmax::F32(&self.absmax) }
     }
 }
 

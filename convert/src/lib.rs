@@ -2,8 +2,10 @@
 //! quantize, write, verify. Runs no model.
 //!
 //! [`plan()`] decides everything; [`run()`] does it in bounded memory, with the same bytes for any number of threads;
-//! [`verify()`] compares a finished file with its source.
+//! [`verify()`] compares a finished file with its source. [`plan_bnb()`] and [`run_bnb()`] write a checkpoint folder of
+//! bitsandbytes instead.
 
+mod bnb;
 mod input;
 mod metadata;
 mod plan;
@@ -13,6 +15,7 @@ mod run;
 mod stream;
 mod verify;
 
+pub use bnb::{BnbOptions, BnbPlan, BnbTensor, plan_bnb, run_bnb};
 pub use input::{SSM_X_SCALE, Source};
 pub use metadata::SOURCE_SHA256;
 pub use plan::{Options, Plan, PlannedTensor, plan};

@@ -4,7 +4,7 @@ use crate::input::{Input, Source};
 use crate::metadata;
 use kestrel_formats::gguf::{TensorDecl, Value, layout};
 use kestrel_formats::imatrix::Imatrix;
-use kestrel_formats::{Error, ErrorKind, GgmlType, Result};
+use kestrel_formats::{Error, ErrorKind, GgmlType, Result, WeightType};
 use kestrel_quant::isa::Isa;
 use kestrel_quant::recipe::Recipe;
 
@@ -38,7 +38,7 @@ pub struct PlannedTensor {
     /// Name in the source.
     pub source_name: String,
     /// Type in the source.
-    pub source_dtype: GgmlType,
+    pub source_dtype: WeightType,
     /// Shape in the output, PyTorch order.
     pub shape: Vec<u64>,
     /// Type in the output.
@@ -94,10 +94,10 @@ fn planned_tensors(
     let (mut unweighted, mut requantized) = (0, 0);
     for t in &input.tensors {
         let dtype = options.recipe.tensor_type(t.spec, &t.name, t.cols() as usize, input.tied);
-        let quantizes = dtype.is_quantized() && dtype != t.dtype;
+        let quantizes = dtype.is_quantized() && t.dtype != dtype;
         let weighted = quantizes && importance(options, &t.name, t.cols())?.is_some();
         unweighted += usize::from(quantizes && !weighted && t.spec.per_layer());
-        requantized += usize::from(t.dtype.is_quantized() && dtype != t.dtype);
+        requantized += usize::from(t.dtype.is_quantized() && t.dtype != dtype);
         tensors.push(PlannedTensor {
             name: t.name.clone(),
             source_name: t.source_name.clone(),

@@ -1,11 +1,12 @@
 //! Numbers on their way from one tensor into another, a few rows at a time.
 
-use crate::input::{Input, InputTensor, row_bytes};
+use crate::input::{Input, InputTensor, PieceScales, row_bytes};
 use crate::stream::Piece;
 use kestrel_formats::arch::Transform;
 use kestrel_formats::{Error, ErrorKind, GgmlType, Result};
+use kestrel_quant::codec::{codec, dequantize};
 use kestrel_quant::isa::Isa;
-use kestrel_quant::{codec, transform};
+use kestrel_quant::transform;
 
 /// Weights of one piece, and so what bounds memory: a worker holds a piece's source bytes and its output bytes.
 const PIECE_WEIGHTS: u64 = 1 << 18;
@@ -53,12 +54,24 @@ impl Rows<'_> {
         let cols = self.tensor.cols() as usize;
         let rows = (STEP_WEIGHTS / cols.max(1)).max(1);
         let step_bytes = rows * self.tensor.row_bytes() as usize;
+        let scales = self.input.scales(
+            self.tensor,
+            self.piece.first_row * self.tensor.cols(),
+            self.piece.rows * self.tensor.cols(),
+        )?;
+        let first_of_piece = scales.as_ref().map_or(0, |s| s.first);
+        let scales = scales.as_ref().map(PieceScales::view);
+        let expand = |first: usize, bytes: &[u8], floats: &mut [f32]| {
+            dequantize(self.tensor.dtype, bytes, first_of_piece + first, scales.as_ref(), floats);
+        };
         for (i, bytes) in self.bytes.chunks(step_bytes.max(1)).enumerate() {
             let first = i * rows * cols;
             floats.resize(bytes.len() / self.tensor.dtype.block_bytes() * self.tensor.dtype.block_len(), 0.0);
-            transform::to_f32(self.tensor.dtype, bytes, floats);
+            expand(first, bytes, floats);
             if transform::apply(self.tensor.transform, &self.input.h, floats).is_err() {
-                return Err(self.not_finite(first, bytes, floats));
+                let mut source = vec![0.0; floats.len()];
+                expand(first, bytes, &mut source);
+                return Err(self.not_finite(first, &source, floats));
             }
             f(first, bytes, floats)?;
         }
@@ -66,10 +79,8 @@ impl Rows<'_> {
     }
 
     /// Names the first culprit: the transform leaves NaN and infinite numbers as such, and may make some.
-    fn not_finite(&self, first: usize, bytes: &[u8], floats: &[f32]) -> Error {
+    fn not_finite(&self, first: usize, source: &[f32], floats: &[f32]) -> Error {
         let i = floats.iter().position(|x| !x.is_finite()).unwrap_or(0);
-        let mut source = vec![0.0; floats.len()];
-        transform::to_f32(self.tensor.dtype, bytes, &mut source);
         let found = source.get(i).copied().unwrap_or(f32::NAN);
         let expected = match self.tensor.transform {
             Transform::NegExp if found.is_finite() => "A_log of at most 88.7, whose exp is finite in f32",
@@ -102,7 +113,7 @@ impl Rows<'_> {
         out.clear();
         out.resize(self.piece.rows as usize * row_out, 0);
         // A tensor that keeps its type keeps its bytes: quantizing twice would only lose.
-        let copy = dtype == self.tensor.dtype && self.tensor.transform == Transform::None;
+        let copy = self.tensor.dtype == dtype && self.tensor.transform == Transform::None;
         let codec = codec(dtype);
         let mut rest = out.as_mut_slice();
         self.for_each(floats, |first, bytes, floats| {

@@ -5,13 +5,11 @@ use crate::metadata::{SOURCE_SHA256, source_sha256};
 use crate::plan::{Options, Plan, declarations, importance};
 use crate::progress::{Phase, Progress};
 use crate::rows::{Rows, pieces};
-use crate::stream::{Piece, Streaming, check_cancel, join, stream, thread_refused};
+use crate::stream::{Piece, Streaming, check_cancel, damage_hash, join, stream, thread_refused};
 use kestrel_formats::atomic_file::{AtomicFile, same_file};
 use kestrel_formats::gguf::{Gguf, layout};
 use kestrel_formats::map::Map;
 use kestrel_formats::{Error, ErrorKind, Result};
-use std::collections::hash_map::DefaultHasher;
-use std::hash::Hasher;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
@@ -133,7 +131,7 @@ fn convert_piece(
     file.write_at(offset, &scratch.out)?;
     progress.bytes(piece.n_bytes as u64, scratch.out.len() as u64);
     let piece = Piece { file: 0, offset, n_bytes: scratch.out.len(), ..*piece };
-    Ok(Written { piece, hash: hash(&scratch.out) })
+    Ok(Written { piece, hash: damage_hash(&scratch.out) })
 }
 
 /// Writes the padding behind each tensor and, now that the source's digests are known, the header.
@@ -172,7 +170,7 @@ fn check_behind(
         for Written { piece, hash: expected } in batch.drain(..) {
             bytes.resize(piece.n_bytes, 0);
             file.read_at(piece.offset, &mut bytes)?;
-            if hash(&bytes) != expected {
+            if damage_hash(&bytes) != expected {
                 return Err(damaged_tensor(plan, piece.tensor).file(file.target()).at(piece.offset));
             }
         }
@@ -226,18 +224,11 @@ fn check_written(
         || (),
         |(), piece, bytes| {
             progress.bytes(bytes.len() as u64, 0);
-            Ok((piece.tensor, hash(bytes)))
+            Ok((piece.tensor, damage_hash(bytes)))
         },
     )?;
     match found.results.iter().zip(&hashes).find(|((_, found), hash)| found != *hash) {
         None => Ok(()),
         Some(((tensor, _), _)) => Err(damaged_tensor(plan, *tensor)),
     }
-}
-
-/// Recognises accidental damage. Nothing outside this run sees the value.
-fn hash(bytes: &[u8]) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    hasher.write(bytes);
-    hasher.finish()
 }

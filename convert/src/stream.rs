@@ -8,6 +8,7 @@ use kestrel_formats::map::open_regular;
 use kestrel_formats::{Error, ErrorKind, Result};
 use sha2::{Digest, Sha256};
 use std::fs::File;
+use std::hash::{DefaultHasher, Hasher};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -238,6 +239,13 @@ impl Failure {
 /// `Interrupted` once the user has asked to stop.
 pub(crate) fn check_cancel(cancel: &AtomicBool) -> Result<()> {
     if cancel.load(Ordering::Relaxed) { Err(Error::new(ErrorKind::Interrupted)) } else { Ok(()) }
+}
+
+/// Recognises accidental damage to what was written. Nothing outside a run sees the value.
+pub(crate) fn damage_hash(bytes: &[u8]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    hasher.write(bytes);
+    hasher.finish()
 }
 
 /// The next message, or `None` when no sender is left.

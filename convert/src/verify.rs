@@ -7,7 +7,7 @@ use crate::stream::{Piece, Streaming, read_at, stream};
 use kestrel_formats::arch::{Role, Transform};
 use kestrel_formats::gguf::{Gguf, TensorInfo};
 use kestrel_formats::map::open_regular;
-use kestrel_formats::{Error, ErrorKind, GgmlType, Result};
+use kestrel_formats::{Error, ErrorKind, GgmlType, Result, WeightType};
 use kestrel_quant::error_measure::{ErrorStats, relative_rmse_limit};
 use kestrel_quant::transform;
 use std::fs::File;
@@ -25,7 +25,7 @@ pub struct TensorReport {
     /// Name in GGUF.
     pub name: String,
     /// Type in the source.
-    pub source_dtype: GgmlType,
+    pub source_dtype: WeightType,
     /// Type in the file; `None` if the tensor is absent.
     pub dtype: Option<GgmlType>,
     /// The error of every weight, over the whole tensor.

@@ -36,7 +36,8 @@ impl AtomicFile {
     /// must not be replaced, `Io` if the folder cannot be written or has too little space.
     pub fn create(target: &Path, file_bytes: u64, force: bool) -> Result<Self> {
         let target = check_target(target, force)?;
-        let (file, temp) = create_temp(&target)?;
+        let create = |temp: &Path| File::options().read(true).write(true).create_new(true).open(temp);
+        let (file, temp) = create_temp(&target, create)?;
         let out = Self { file, temp, target, force, published: false };
         out.reserve(file_bytes)?;
         Ok(out)
@@ -176,7 +177,7 @@ pub fn same_file(a: &Path, b: &Path) -> bool {
     }
 }
 
-fn output_exists(target: &Path) -> Error {
+pub(crate) fn output_exists(target: &Path) -> Error {
     Error::new(ErrorKind::OutputExists)
         .file(target)
         .expected("a path that does not exist yet")
@@ -184,7 +185,11 @@ fn output_exists(target: &Path) -> Error {
         .hint("--force replaces it")
 }
 
-fn create_temp(target: &Path) -> Result<(File, PathBuf)> {
+/// Calls `create` with names beside `target` until one is free.
+pub(crate) fn create_temp<T>(
+    target: &Path,
+    create: impl Fn(&Path) -> std::io::Result<T>,
+) -> Result<(T, PathBuf)> {
     let name = target.file_name().unwrap_or_default().as_bytes();
     for attempt in 0..TEMP_NAMES {
         let suffix = match attempt {
@@ -193,10 +198,10 @@ fn create_temp(target: &Path) -> Result<(File, PathBuf)> {
         };
         let kept = &name[..name.len().min(NAME_BYTES_MAX - 1 - suffix.len())];
         let temp = target.with_file_name(OsString::from_vec([b".", kept, suffix.as_bytes()].concat()));
-        match File::options().read(true).write(true).create_new(true).open(&temp) {
-            Ok(file) => return Ok((file, temp)),
+        match create(&temp) {
+            Ok(made) => return Ok((made, temp)),
             Err(e) if e.kind() == IoKind::AlreadyExists => continue,
-            Err(e) => return Err(Error::io(target, "creating a temporary file beside the output", e)),
+            Err(e) => return Err(Error::io(target, "creating a temporary beside the output", e)),
         }
     }
     Err(Error::new(ErrorKind::OutputExists)
@@ -208,7 +213,7 @@ fn create_temp(target: &Path) -> Result<(File, PathBuf)> {
 
 /// Renames without replacing. File systems that cannot do it in one step get a hard link, and those without hard
 /// links a check and a rename.
-fn rename_new(temp: &Path, target: &Path) -> std::io::Result<()> {
+pub(crate) fn rename_new(temp: &Path, target: &Path) -> std::io::Result<()> {
     use rustix::fs::{CWD, renameat_with};
     match renameat_with(CWD, temp, CWD, target, RenameFlags::NOREPLACE) {
         Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {}
@@ -223,7 +228,7 @@ fn rename_new(temp: &Path, target: &Path) -> std::io::Result<()> {
 }
 
 /// Makes the new name survive a power cut. Some network file systems cannot sync a folder, which is no error.
-fn sync_folder(target: &Path) -> Result<()> {
+pub(crate) fn sync_folder(target: &Path) -> Result<()> {
     let folder = match target.parent() {
         Some(p) if !p.as_os_str().is_empty() => p,
         _ => Path::new("."),

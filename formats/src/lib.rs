@@ -6,6 +6,7 @@
 
 pub mod arch;
 pub mod atomic_file;
+pub mod atomic_folder;
 pub mod checkpoint;
 pub mod error;
 pub mod ggml_type;
@@ -15,6 +16,8 @@ mod json;
 pub mod limits;
 pub mod map;
 pub mod tokenizer;
+pub mod weight_type;
 
 pub use error::{Error, ErrorKind, Result};
 pub use ggml_type::GgmlType;
+pub use weight_type::WeightType;

@@ -50,3 +50,7 @@ pub const D_CONV_MAX: u64 = 64;
 pub const SHARDS_MAX: u64 = 512;
 /// Bytes of an importance matrix. That of a 70B model has 100 MB; ours have about 10.
 pub const IMATRIX_BYTES_MAX: u64 = 1 << 30;
+/// Bytes of the JSON in a bitsandbytes quant state; the library writes about 170.
+pub const QUANT_STATE_BYTES_MAX: u64 = 4096;
+/// Block sizes that bitsandbytes quantizes with.
+pub const BNB_BLOCKSIZES: [u64; 8] = [32, 64, 128, 256, 512, 1024, 2048, 4096];

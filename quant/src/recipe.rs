@@ -4,7 +4,7 @@
 //! the small, medium and large variants of a K type are the same file.
 
 use kestrel_formats::arch::{Role, Storage, TensorSpec};
-use kestrel_formats::{Error, ErrorKind, GgmlType, Result};
+use kestrel_formats::{Error, ErrorKind, GgmlType, Result, WeightType};
 use regex::Regex;
 
 /// What a file is called after: the type of most of its tensors, as `--type` names it.
@@ -168,6 +168,24 @@ impl Recipe {
             GgmlType::Q6K
         };
         fitting(chosen.unwrap_or(default), cols)
+    }
+}
+
+/// What bitsandbytes makes of a checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bnb {
+    /// NF4, FP4 or INT8.
+    pub dtype: WeightType,
+    /// Weights that share a scale, of a 4-bit type; one of `BNB_BLOCKSIZES`.
+    pub blocksize: usize,
+    /// Whether the scales are quantized too.
+    pub double_quant: bool,
+}
+
+impl Bnb {
+    /// Whether the library would quantize this tensor: the linear layers, but not the output matrix.
+    pub fn quantizes(&self, role: Role) -> bool {
+        matches!(role, Role::SsmIn | Role::SsmX | Role::SsmDt | Role::SsmOut)
     }
 }
 

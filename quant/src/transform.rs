@@ -27,7 +27,8 @@ pub fn apply(transform: Transform, h: &HyperParams, x: &mut [f32]) -> Result<()>
     check_finite(x, "after the transform")
 }
 
-fn check_finite(x: &[f32], place: &str) -> Result<()> {
+/// `NotFinite`, naming the first NaN or infinity by its position, if there is one.
+pub(crate) fn check_finite(x: &[f32], place: &str) -> Result<()> {
     // A whole pass without early exit vectorises; the search for the culprit runs only when there is one.
     if x.iter().fold(true, |ok, v| ok & v.is_finite()) {
         return Ok(());

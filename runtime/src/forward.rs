@@ -3,7 +3,7 @@
 //!
 //! t: tokens that go together. Four forks per layer for one token; the norm adds one for many.
 
-use crate::kernels::{ActKind, Acts, Compute, InProj, Isa, Mixer, ScanWeights, Segment, Then};
+use crate::kernels::{Acts, Compute, InProj, Isa, Mixer, ScanWeights, Segment, Then};
 use crate::matrix::Matrix;
 use crate::model::{Layer, Model};
 use crate::state::State;
@@ -70,7 +70,12 @@ impl<'m> Runner<'m> {
             dt: Acts::with_capacity(t, h.dt_rank),
             logits: vec![0.0; t.min(LOGIT_ROWS) * h.vocab_size],
         };
-        Ok(Self { model, compute: Compute::new(isa, threads, t), precise: options.precise, buffers })
+        let mut compute = Compute::new(isa, threads, t);
+        let beside = model.matrices().filter(|(_, m)| m.has_scales_beside());
+        if let Some(cols) = beside.map(|(_, m)| m.cols).max() {
+            compute.reserve_blocks(cols);
+        }
+        Ok(Self { model, compute, precise: options.precise, buffers })
     }
 
     /// The instruction set at work.
@@ -130,7 +135,7 @@ impl<'m> Runner<'m> {
     fn logits(&mut self, n: usize, logits: &mut [f32]) {
         let (h, b) = (self.model.hparams(), &mut self.buffers);
         let output = self.model.output_matrix();
-        let (x, kind) = (&b.x[..n * h.d_model], act_kind(output, self.precise));
+        let (x, kind) = (&b.x[..n * h.d_model], output.act_kind(self.precise, n));
         self.compute.norm(x, &self.model.output_norm, h.layer_norm_epsilon, kind, &mut b.normed);
         self.compute.matmul(&output.view(), &b.normed, logits, Then::Store);
     }
@@ -138,13 +143,14 @@ impl<'m> Runner<'m> {
     /// Consumes `tokens` and calls `each(position, logits)` for every one of them.
     pub fn forward_all(&mut self, state: &mut State, tokens: &[u32], each: &mut dyn FnMut(usize, &[f32])) {
         let h = *self.model.hparams();
-        let kind = act_kind(self.model.output_matrix(), self.precise);
         let mut position = 0;
         for chunk in tokens.chunks(self.compute.max_tokens()) {
             self.layers(&mut [Segment { state, n_tokens: chunk.len() }], chunk);
             let b = &mut self.buffers;
             for x in b.x[..chunk.len() * h.d_model].chunks(LOGIT_ROWS * h.d_model) {
-                let logits = &mut b.logits[..x.len() / h.d_model * h.vocab_size];
+                let n_tokens = x.len() / h.d_model;
+                let logits = &mut b.logits[..n_tokens * h.vocab_size];
+                let kind = self.model.output_matrix().act_kind(self.precise, n_tokens);
                 self.compute.norm(x, &self.model.output_norm, h.layer_norm_epsilon, kind, &mut b.normed);
                 self.compute.matmul(&self.model.output_matrix().view(), &b.normed, logits, Then::Store);
                 for row in logits.chunks_exact(h.vocab_size) {
@@ -170,7 +176,7 @@ impl<'m> Runner<'m> {
     fn layer(&mut self, i: usize, layer: &Layer, t: usize, segments: &[Segment<'_>]) {
         let h = self.model.hparams();
         let precise = self.precise;
-        let kind = |m: &Matrix| act_kind(m, precise);
+        let kind = |m: &Matrix| m.act_kind(precise, t);
         let (c, b) = (&mut self.compute, &mut self.buffers);
         let x = &mut b.x[..t * h.d_model]; // (t, d_model)
         let dt_b_c = &mut b.dt_b_c[..t * h.x_proj_rows()]; // (t, dt_rank + 2·d_state)
@@ -206,9 +212,4 @@ impl<'m> Runner<'m> {
         // x (t, d_model) += out_proj · y
         c.matmul(&layer.ssm_out.view(), &b.inner, x, Then::Add);
     }
-}
-
-/// The form of the activations that `matrix` multiplies.
-fn act_kind(matrix: &Matrix, precise: bool) -> ActKind {
-    ActKind::for_weights(matrix.dtype, precise)
 }

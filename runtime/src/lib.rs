@@ -18,7 +18,7 @@ mod work;
 
 pub use batch::Batch;
 pub use forward::{Runner, RunnerOptions};
-pub use load::LoadOptions;
+pub use load::{LoadOptions, Quantize};
 pub use model::Model;
 pub use state::State;
 pub use work::Work;

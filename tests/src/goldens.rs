@@ -55,7 +55,12 @@ pub struct Greedy {
 }
 
 fn all() -> Value {
-    let path = data_dir().join("logits/goldens.json");
+    parsed("logits")
+}
+
+/// goldens.json of a folder of `tests/data`.
+pub fn parsed(folder: &str) -> Value {
+    let path = data_dir().join(folder).join("goldens.json");
     serde_json::from_str(&std::fs::read_to_string(&path).expect("goldens.json"))
         .expect("goldens.json is JSON")
 }
@@ -72,11 +77,17 @@ fn ids(value: &Value) -> Vec<u32> {
 }
 
 impl Golden {
-    /// The golden with this name in goldens.json.
+    /// The golden with this name of a model without bitsandbytes.
     pub fn load(name: &str) -> Self {
-        let all = all();
+        Self::load_from("logits", name)
+    }
+
+    /// The golden with this name in a folder of `tests/data`.
+    pub fn load_from(folder: &str, name: &str) -> Self {
+        let all = parsed(folder);
         let entry = all["models"][name].clone();
-        let (rows, vocab_size, quantized) = npy::read_i16(&data_dir().join(format!("logits/{name}.npy")));
+        let path = data_dir().join(folder).join(format!("{name}.npy"));
+        let (rows, vocab_size, quantized) = npy::read_i16(&path);
         let max_abs: Vec<f64> = entry["max_abs"]
             .as_array()
             .expect("max_abs")
@@ -104,6 +115,12 @@ impl Golden {
             seed: self.entry["seed"].as_u64().expect("seed"),
             x_proj_std: self.entry["x_proj_std"].as_f64().expect("x_proj_std"),
         }
+    }
+
+    /// SHA-256 of every matrix as bitsandbytes dequantizes it, f32, by its name in the checkpoint.
+    pub fn dequantized_sha256(&self) -> Vec<(String, String)> {
+        let digests = self.entry["sha256"].as_object().expect("sha256").iter();
+        digests.map(|(name, digest)| (name.clone(), digest.as_str().expect("a digest").to_owned())).collect()
     }
 
     /// SHA-256 of that checkpoint's shard as Python wrote it, in hexadecimal.

@@ -78,13 +78,11 @@ impl RandomModel {
             Role::SsmOut => (0.0, 1.0 / (h.d_inner as f64).sqrt()),
             Role::Output => (0.0, 2.0 / (h.d_model as f64).sqrt()),
         };
-        let unit = (std / sum_std()) as f32;
         let mean = |i: usize| match spec.role {
             Role::SsmA => 0.175f32 * (i % h.d_state + 1) as f32,
             _ => mean,
         };
-        let start = fnv1a(&spec.hf_name(layer), self.seed);
-        (0..shape.iter().product()).map(|i| mean(i) + integer(start, i as u64) as f32 * unit).collect()
+        normal(&spec.hf_name(layer), self.seed, shape.iter().product(), mean, std)
     }
 
     /// The bytes of model.safetensors.
@@ -138,6 +136,13 @@ impl RandomModel {
         }
         Reference { h, tensors }
     }
+}
+
+/// `n` roughly normal numbers around `mean(i)`.
+pub fn normal(name: &str, seed: u64, n: usize, mean: impl Fn(usize) -> f32, std: f64) -> Vec<f32> {
+    let unit = (std / sum_std()) as f32;
+    let start = fnv1a(name, seed);
+    (0..n).map(|i| mean(i) + integer(start, i as u64) as f32 * unit).collect()
 }
 
 /// 64-bit FNV-1a of a name, from a start that depends on the seed: each tensor has its own stream.

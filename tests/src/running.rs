@@ -89,3 +89,12 @@ pub fn difference<A: Copy + Into<f64>, B: Copy + Into<f64>>(a: &[A], b: &[B], vo
     }
     worst
 }
+
+/// Runs `test` if this machine has the instruction set. `KESTREL_REQUIRE_ISA=a,b` makes its absence a failure.
+pub fn where_present(isa: Isa, test: fn(Isa)) {
+    if isa.supported() {
+        return test(isa);
+    }
+    let required = std::env::var("KESTREL_REQUIRE_ISA").unwrap_or_default();
+    assert!(!required.split(',').any(|name| name == isa.name()), "{} is required and absent", isa.name());
+}

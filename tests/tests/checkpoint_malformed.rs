@@ -163,7 +163,7 @@ fn s_one_tensor() {
         ("S43_f64", r#""dtype":"F64","shape":[1],"data_offsets":[0,8]"#, 8, Unsupported),
         ("S43_i64", r#""dtype":"I64","shape":[1],"data_offsets":[0,8]"#, 8, Unsupported),
         ("S43_f8", r#""dtype":"F8_E4M3","shape":[1],"data_offsets":[0,1]"#, 1, Unsupported),
-        ("S43_u8_bitsandbytes", r#""dtype":"U8","shape":[1],"data_offsets":[0,1]"#, 1, Unsupported),
+        ("S43_u8_bitsandbytes", r#""dtype":"U8","shape":[1],"data_offsets":[0,1]"#, 1, Missing),
         ("S43_f4_half_byte", r#""dtype":"F4","shape":[1],"data_offsets":[0,1]"#, 1, BadShape),
         ("S12_dup_field", r#""dtype":"F32","dtype":"F16","shape":[1],"data_offsets":[0,4]"#, 4, Duplicate),
         ("S31_zero_dim_in_model", r#""dtype":"F32","shape":[0,8],"data_offsets":[0,0]"#, 0, Missing),
@@ -320,7 +320,17 @@ fn c_config() {
         (
             "C19_bitsandbytes",
             config(json!({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": true}})),
+            Warning("no tensor is quantized"),
+        ),
+        (
+            "C19_gptq",
+            config(json!({"quantization_config": {"quant_method": "gptq", "bits": 4}})),
             Error(Unsupported),
+        ),
+        (
+            "C19_4_and_8_bits",
+            config(json!({"quantization_config": {"load_in_4bit": true, "load_in_8bit": true}})),
+            Error(Inconsistent),
         ),
         ("C20_missing_tensor", builder().without("backbone.layers.0.mixer.A_log"), Error(Missing)),
         ("C21_eos_text", config(json!({"eos_token_id": "11"})), Error(WrongType)),

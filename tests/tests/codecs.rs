@@ -10,6 +10,7 @@ use kestrel_quant::error_measure::{ErrorStats, relative_rmse_limit};
 use kestrel_quant::isa::Isa;
 use kestrel_quant::recipe::{FileType, Recipe};
 use kestrel_tests::goldens::{data_dir, tiny_dir};
+use kestrel_tests::load_reference;
 use kestrel_tests::plain_search::quantized_row;
 use serde_json::Value;
 
@@ -185,9 +186,7 @@ fn source(name: &str) -> Vec<f32> {
     }
     let checkpoint = Checkpoint::open(&tiny_dir()).unwrap();
     let t = checkpoint.tensor(name).expect("a tensor of the tiny model");
-    let mut bytes = vec![0; t.n_bytes as usize];
-    checkpoint.read(t, 0, &mut bytes).unwrap();
-    dequantize(t.dtype, &bytes)
+    load_reference::dequantized(&checkpoint, t)
 }
 
 #[test]

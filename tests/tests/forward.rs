@@ -5,7 +5,9 @@ use kestrel_runtime::kernels::Isa;
 use kestrel_runtime::{Model, Runner, RunnerOptions, State};
 use kestrel_tests::goldens::{self, Golden};
 use kestrel_tests::load_reference;
-use kestrel_tests::running::{convert, converted, difference, greedy, logits, logits_in_pieces, on, open};
+use kestrel_tests::running::{
+    convert, converted, difference, greedy, logits, logits_in_pieces, on, open, where_present,
+};
 use kestrel_tests::temp_dir::TempDir;
 
 /// Largest allowed |logit - golden| / max |golden logit of that position|.
@@ -37,15 +39,6 @@ fn checkpoint(golden: &Golden, dir: &TempDir) -> std::path::PathBuf {
     }
     golden.model().write(dir.path());
     dir.path().to_owned()
-}
-
-/// Runs `test` if this machine has the instruction set. `KESTREL_REQUIRE_ISA=a,b` makes its absence a failure.
-fn where_present(isa: Isa, test: fn(Isa)) {
-    if isa.supported() {
-        return test(isa);
-    }
-    let required = std::env::var("KESTREL_REQUIRE_ISA").unwrap_or_default();
-    assert!(!required.split(',').any(|name| name == isa.name()), "{} is required and absent", isa.name());
 }
 
 #[test]

@@ -2,6 +2,7 @@
 #![allow(missing_docs)]
 
 mod batch;
+mod bitsandbytes;
 mod checkpoint_malformed;
 mod codecs;
 mod convert;

@@ -5,8 +5,8 @@ use crate::files;
 use crate::output::{self, Table};
 use clap::Args;
 use kestrel_convert::Source;
-use kestrel_formats::GgmlType;
-use kestrel_formats::checkpoint::Checkpoint;
+use kestrel_formats::WeightType;
+use kestrel_formats::checkpoint::{Checkpoint, SourceTensor};
 use kestrel_formats::gguf::{Array, Field, Gguf, Value};
 use serde_json::{Value as Json, json};
 use std::path::PathBuf;
@@ -44,12 +44,15 @@ struct Contents {
 
 struct Tensor {
     name: String,
-    dtype: GgmlType,
+    dtype: WeightType,
     shape: Vec<u64>,
     /// File of a folder or of a split model.
     file: String,
     offset: u64,
+    /// Scales included, wherever they are.
     n_bytes: u64,
+    /// How bitsandbytes quantized it.
+    quantization: Option<String>,
 }
 
 pub fn run(args: &InspectArgs) -> Outcome {
@@ -72,11 +75,12 @@ fn file_name(path: &std::path::Path) -> String {
 fn of_gguf(file: &Gguf) -> Contents {
     let tensors = file.tensors().iter().map(|t| Tensor {
         name: t.name.clone(),
-        dtype: t.dtype,
+        dtype: t.dtype.into(),
         shape: t.shape.clone(),
         file: file_name(file.map_of(t).0.path()),
         offset: t.offset,
         n_bytes: t.n_bytes,
+        quantization: None,
     });
     let metadata =
         file.metadata().iter().map(|(key, field)| (key.to_owned(), type_name(&field), field_json(&field)));
@@ -101,9 +105,10 @@ fn of_checkpoint(folder: &Checkpoint) -> Contents {
         name: t.name.clone(),
         dtype: t.dtype,
         shape: t.shape.clone(),
-        file: shards.get(t.shard).map(|s| file_name(&s.path)).unwrap_or_default(),
-        offset: t.offset,
-        n_bytes: t.n_bytes,
+        file: shards.get(t.place.shard).map(|s| file_name(&s.path)).unwrap_or_default(),
+        offset: t.place.offset,
+        n_bytes: t.n_bytes(),
+        quantization: quantization(t),
     });
     let config = [
         ("architecture", json!(format!("{:?}", h.arch))),
@@ -120,6 +125,7 @@ fn of_checkpoint(folder: &Checkpoint) -> Contents {
         ("tied", json!(folder.tied())),
         ("bos_token_id", json!(folder.generation().bos)),
         ("eos_token_ids", json!(folder.generation().eos)),
+        ("quantization_config", folder.config().field("quantization_config").cloned().unwrap_or_default()),
         ("tokenizer", json!(folder.tokenizer().map(|t| format!("{:?}, {} tokens", t.pre, t.tokens.len())))),
     ];
     Contents {
@@ -133,6 +139,21 @@ fn of_checkpoint(folder: &Checkpoint) -> Contents {
         tensors: tensors.collect(),
         warnings: folder.warnings().to_vec(),
     }
+}
+
+/// Block size, the scales' own quantization and the dtype that weights are rounded to.
+fn quantization(t: &SourceTensor) -> Option<String> {
+    let state = t.state.as_ref()?;
+    Some(match (&state.nested, t.dtype) {
+        (_, WeightType::Int8) => "scale per row".to_owned(),
+        (None, _) => format!("blocks of {}, {}", state.blocksize, state.dtype),
+        (Some(nested), _) => {
+            format!(
+                "blocks of {}, scales in blocks of {}, {}",
+                state.blocksize, nested.blocksize, state.dtype
+            )
+        }
+    })
 }
 
 fn type_name(field: &Field) -> String {
@@ -172,10 +193,17 @@ fn field_json(field: &Field) -> Json {
     }
 }
 
+impl Tensor {
+    /// Scales included.
+    fn bits_per_weight(&self) -> f64 {
+        8.0 * self.n_bytes as f64 / self.shape.iter().product::<u64>().max(1) as f64
+    }
+}
+
 impl Contents {
     /// Per type, in table order: tensors, weights, bytes.
-    fn totals(&self) -> Vec<(GgmlType, u64, u64, u64)> {
-        let of_type = |dtype: GgmlType| {
+    fn totals(&self) -> Vec<(WeightType, u64, u64, u64)> {
+        let of_type = |dtype: WeightType| {
             let tensors = self.tensors.iter().filter(move |t| t.dtype == dtype);
             let sums = |(n, weights, bytes): (u64, u64, u64), t: &Tensor| {
                 (n + 1, weights + t.shape.iter().product::<u64>(), bytes + t.n_bytes)
@@ -183,7 +211,7 @@ impl Contents {
             let (n, weights, bytes) = tensors.fold((0, 0, 0), sums);
             (dtype, n, weights, bytes)
         };
-        GgmlType::all().map(of_type).filter(|&(_, n, ..)| n > 0).collect()
+        WeightType::all().map(of_type).filter(|&(_, n, ..)| n > 0).collect()
     }
 
     fn to_json(&self) -> Json {
@@ -194,11 +222,16 @@ impl Contents {
             self.metadata.iter().map(|(key, _, v)| (key.clone(), v.clone())).collect(),
         );
         let tensor = |t: &Tensor| {
-            json!({"name": t.name, "type": t.dtype.name(), "shape": t.shape, "file": t.file,
-                   "offset": t.offset, "n_bytes": t.n_bytes})
+            let mut entry = json!({"name": t.name, "type": t.dtype.name(), "shape": t.shape, "file": t.file,
+                                   "offset": t.offset, "n_bytes": t.n_bytes});
+            if let Some(quantization) = &t.quantization {
+                entry["quantization"] = json!(quantization);
+                entry["bits_per_weight"] = json!(t.bits_per_weight());
+            }
+            entry
         };
         out.insert("tensors".into(), self.tensors.iter().map(tensor).collect());
-        let total = |(dtype, n, weights, bytes): (GgmlType, u64, u64, u64)| {
+        let total = |(dtype, n, weights, bytes): (WeightType, u64, u64, u64)| {
             (dtype.name().to_owned(), json!({"n_tensors": n, "n_weights": weights, "n_bytes": bytes}))
         };
         out.insert("totals".into(), Json::Object(self.totals().into_iter().map(total).collect()));
@@ -215,16 +248,22 @@ impl Contents {
         for (key, ty, value) in &self.metadata {
             metadata.row([key.clone(), ty.clone(), show(value)]);
         }
-        let mut tensors = Table::new(&["tensor", "type", "shape", ">offset", ">bytes"]);
+        let packed = self.tensors.iter().any(|t| t.quantization.is_some());
+        let mut columns = vec!["tensor", "type", "shape", ">offset", ">bytes"];
+        if packed {
+            columns.extend([">bits per weight", "quantization"]);
+        }
+        let mut tensors = Table::new(&columns);
         for t in &self.tensors {
-            let shape = output::shape(&t.shape);
-            tensors.row([
-                t.name.clone(),
-                t.dtype.to_string(),
-                shape,
-                t.offset.to_string(),
-                t.n_bytes.to_string(),
-            ]);
+            let (offset, n_bytes) = (t.offset.to_string(), t.n_bytes.to_string());
+            let mut row = vec![t.name.clone(), t.dtype.to_string(), output::shape(&t.shape), offset, n_bytes];
+            if packed {
+                row.extend([
+                    format!("{:.3}", t.bits_per_weight()),
+                    t.quantization.clone().unwrap_or_default(),
+                ]);
+            }
+            tensors.row(row);
         }
         let mut totals = Table::new(&["type", ">tensors", ">weights", ">bytes", ">bits per weight"]);
         let mut sum = (0, 0, 0);

@@ -3,6 +3,7 @@
 //! Defaults and their source: transformers 5.23, `MambaConfig` and `FalconMambaConfig`. The second names of fields
 //! (`d_model`, `n_layer`, …) are those that llama.cpp's converter also takes.
 
+use super::bitsandbytes::Declared;
 use crate::arch::{Arch, HyperParams};
 use crate::json::{describe, parse_object, shorten};
 use crate::limits::{D_CONV_MAX, D_STATE_MAX, LAYERS_MAX, VOCAB_MAX, WIDTH_MAX};
@@ -33,6 +34,8 @@ pub struct Config {
     pub tie_word_embeddings: Option<bool>,
     /// The special ids it names.
     pub ids: GenerationConfig,
+    /// What `quantization_config` says, if there is one.
+    pub quantization: Option<Declared>,
 }
 
 /// Special token ids, as generation_config.json has them.
@@ -118,10 +121,20 @@ impl Config {
             name: text("_name_or_path").filter(|name| !name.is_empty()),
             tie_word_embeddings: flag(&fields, "tie_word_embeddings")?,
             ids: GenerationConfig::from_fields(&fields)?,
+            quantization: fields
+                .get("quantization_config")
+                .filter(|config| !config.is_null())
+                .map(Declared::parse)
+                .transpose()?,
             fields,
         };
         config.check_supported()?;
         Ok(config)
+    }
+
+    /// All fields as written.
+    pub fn fields(&self) -> &Map<String, Value> {
+        &self.fields
     }
 
     /// The raw value of a field.
@@ -137,13 +150,6 @@ impl Config {
         let known = ["FalconMambaForCausalLM", "MambaForCausalLM"];
         if let Some(other) = self.architectures.iter().find(|a| !known.contains(&a.as_str())) {
             return Err(unsupported("architectures").expected(SUPPORTED).found(shorten(other)));
-        }
-        if let Some(quantization) = self.fields.get("quantization_config").filter(|q| !q.is_null()) {
-            let method = quantization.get("quant_method").map_or("unknown method".to_owned(), describe);
-            return Err(unsupported("quantization_config")
-                .expected("weights in F32, F16 or BF16")
-                .found(format!("a quantized checkpoint ({method})"))
-                .hint("bitsandbytes checkpoints are planned; for now use the unquantized model"));
         }
         for (name, wanted, why) in [
             ("use_bias", false, "biases of in_proj and out_proj have no place in GGUF's mamba"),
@@ -299,7 +305,7 @@ fn size_of(name: &str, value: &Value, max: u64) -> Result<usize> {
     }
 }
 
-fn flag(fields: &Map<String, Value>, name: &str) -> Result<Option<bool>> {
+pub(super) fn flag(fields: &Map<String, Value>, name: &str) -> Result<Option<bool>> {
     match fields.get(name) {
         None | Some(Value::Null) => Ok(None),
         Some(Value::Bool(x)) => Ok(Some(*x)),

@@ -3,22 +3,25 @@
 //! [`Checkpoint::open`] reads only headers and JSON. It checks that the files, the index and the configuration
 //! agree and that every tensor of the architecture is there with its shape, so that nothing later has to.
 
+mod bitsandbytes;
 mod config;
 pub(crate) mod folder;
 mod header;
 mod index;
+pub mod write;
 
+pub use bitsandbytes::{Declared, Nested, QuantState};
 pub use config::{Config, GenerationConfig};
 
-use crate::arch::{self, HyperParams};
+use crate::arch::{self, HyperParams, Storage};
 use crate::json::shorten;
 use crate::limits::{CONFIG_BYTES_MAX, INDEX_BYTES_MAX, SHARDS_MAX};
 use crate::map::Map;
 use crate::tokenizer::TokenizerData;
-use crate::{Error, ErrorKind, GgmlType, Result};
+use crate::{Error, ErrorKind, GgmlType, Result, WeightType};
 use folder::{Folder, Opened, read_exact_at};
 use index::{Index, PICKLE_SUFFIXES};
-use safetensors::Dtype;
+pub use safetensors::Dtype;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -26,9 +29,9 @@ use std::sync::OnceLock;
 use std::time::SystemTime;
 
 /// The index of a checkpoint in several shards.
-const INDEX_NAME: &str = "model.safetensors.index.json";
+pub const INDEX_NAME: &str = "model.safetensors.index.json";
 /// The only shard of a checkpoint without an index.
-const SINGLE_NAME: &str = "model.safetensors";
+pub const SINGLE_NAME: &str = "model.safetensors";
 
 /// A validated checkpoint folder. Its shards stay open.
 pub struct Checkpoint {
@@ -55,21 +58,49 @@ pub struct Shard {
     map: OnceLock<Map>,
 }
 
-/// One tensor in a shard, in the element order of PyTorch.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SourceTensor {
-    /// Name in the checkpoint.
-    pub name: String,
-    /// F32, F16 or BF16.
-    pub dtype: GgmlType,
-    /// As in the file; a convolution has its middle 1.
-    pub shape: Vec<u64>,
+/// Where bytes lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
     /// Position in [`Checkpoint::shards`].
     pub shard: usize,
     /// Offset of the first byte in the shard.
     pub offset: u64,
-    /// Size in bytes.
+    /// How many there are.
     pub n_bytes: u64,
+}
+
+/// A tensor as a shard's header lists it.
+struct RawTensor {
+    name: String,
+    dtype: Dtype,
+    shape: Vec<u64>,
+    place: Place,
+}
+
+/// One tensor in a shard, in the element order of PyTorch.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SourceTensor {
+    /// Name in the checkpoint.
+    pub name: String,
+    /// F32, F16 or BF16, or what bitsandbytes made of it.
+    pub dtype: WeightType,
+    /// Of the weights, also where the file has packed codes; a convolution has its middle 1.
+    pub shape: Vec<u64>,
+    /// The numbers, or the codes.
+    pub place: Place,
+    /// What a matrix of bitsandbytes has beside its codes.
+    pub state: Option<QuantState>,
+}
+
+impl SourceTensor {
+    fn new(raw: &RawTensor, dtype: WeightType, shape: Vec<u64>, state: Option<QuantState>) -> Self {
+        Self { name: raw.name.clone(), dtype, shape, place: raw.place, state }
+    }
+
+    /// Bytes of the weights, their scales included.
+    pub fn n_bytes(&self) -> u64 {
+        self.place.n_bytes + self.state.as_ref().map_or(0, QuantState::n_bytes)
+    }
 }
 
 impl std::fmt::Debug for Checkpoint {
@@ -81,8 +112,8 @@ impl std::fmt::Debug for Checkpoint {
 impl Checkpoint {
     /// Opens and validates a folder.
     ///
-    /// Errors name file, field and offset. Kinds worth telling apart: `Unsupported` (another architecture, a
-    /// quantized checkpoint, another dtype), `Missing`, `Inconsistent`, `PickleRefused`, `LfsPointer`, `BadPath`.
+    /// Errors name file, field and offset. Kinds worth telling apart: `Unsupported` (another architecture, another
+    /// quantization than bitsandbytes', another dtype), `Missing`, `Inconsistent`, `PickleRefused`, `LfsPointer`, `BadPath`.
     pub fn open(dir: &Path) -> Result<Self> {
         let folder = Folder::open(dir)?;
         let config = match folder.read("config.json", CONFIG_BYTES_MAX)? {
@@ -98,7 +129,9 @@ impl Checkpoint {
             Some((path, bytes)) => Some(index::parse(&bytes, &path)?),
             None => None,
         };
-        let (shards, tensors) = open_shards(&folder, index.as_ref(), &mut warnings)?;
+        let (shards, raw) = open_shards(&folder, index.as_ref(), &mut warnings)?;
+        let tensors = bitsandbytes::assemble(&raw, &shards)?;
+        warnings.extend(Declared::warning(config.quantization, &tensors));
         let by_name: BTreeMap<String, usize> =
             tensors.iter().enumerate().map(|(i, tensor)| (tensor.name.clone(), i)).collect();
         let has_lm_head = by_name.contains_key("lm_head.weight");
@@ -182,22 +215,25 @@ impl Checkpoint {
         &self.tensors
     }
 
-    /// Fills `buf` with the tensor's bytes from `byte_offset` on. Positioned, so threads may read at once.
+    /// Fills `buf` with the bytes at `place` from `byte_offset` on. Positioned, so threads may read at once.
     ///
-    /// Errors: `DataOutOfBounds` if the range is not in the tensor, `Changed` if the shard has shrunk, `Io`.
-    pub fn read(&self, t: &SourceTensor, byte_offset: u64, buf: &mut [u8]) -> Result<()> {
-        let shard = self.shard_of(t)?;
+    /// Errors: `DataOutOfBounds` if the range is not in the place, `Changed` if the shard has shrunk, `Io`.
+    pub fn read(&self, place: &Place, byte_offset: u64, buf: &mut [u8]) -> Result<()> {
+        let shard = self.shard_of(place)?;
         let end = byte_offset.checked_add(buf.len() as u64);
-        if end.is_none_or(|end| end > t.n_bytes) {
-            return Err(out_of_bounds(shard, t).found(format!("{} bytes from {byte_offset}", buf.len())));
+        if end.is_none_or(|end| end > place.n_bytes) {
+            return Err(Error::new(ErrorKind::DataOutOfBounds)
+                .file(&shard.path)
+                .at(place.offset)
+                .expected(format!("a range in {} bytes", place.n_bytes))
+                .found(format!("{} bytes from {byte_offset}", buf.len())));
         }
-        read_exact_at(&shard.opened.file, &shard.path, t.offset.saturating_add(byte_offset), buf)
-            .map_err(|e| e.what(format!("tensor \"{}\"", t.name)))
+        read_exact_at(&shard.opened.file, &shard.path, place.offset.saturating_add(byte_offset), buf)
     }
 
-    /// The map of the tensor's shard, made at the first call, and where in it the tensor lies.
-    pub fn map(&self, t: &SourceTensor) -> Result<(Map, Range<usize>)> {
-        let shard = self.shard_of(t)?;
+    /// The map of the place's shard, made at the first call, and where in it the bytes lie.
+    pub fn map(&self, place: &Place) -> Result<(Map, Range<usize>)> {
+        let shard = self.shard_of(place)?;
         let map = match shard.map.get() {
             Some(map) => map.clone(),
             None => {
@@ -205,7 +241,7 @@ impl Checkpoint {
                 shard.map.get_or_init(|| map).clone()
             }
         };
-        let range = t.offset as usize..t.offset.saturating_add(t.n_bytes) as usize;
+        let range = place.offset as usize..place.offset.saturating_add(place.n_bytes) as usize;
         if map.len() as u64 != shard.file_bytes || map.get(range.clone()).is_none() {
             return Err(changed(shard, format!("{} bytes", map.len())));
         }
@@ -231,11 +267,9 @@ impl Checkpoint {
         Ok(())
     }
 
-    fn shard_of(&self, t: &SourceTensor) -> Result<&Shard> {
-        self.shards.get(t.shard).ok_or_else(|| {
-            Error::new(ErrorKind::Usage)
-                .what(format!("tensor \"{}\"", t.name))
-                .expected("a tensor of this checkpoint")
+    fn shard_of(&self, place: &Place) -> Result<&Shard> {
+        self.shards.get(place.shard).ok_or_else(|| {
+            Error::new(ErrorKind::Usage).file(&self.dir).expected("a place in this checkpoint")
         })
     }
 
@@ -265,13 +299,22 @@ impl Checkpoint {
             let shapes: [Vec<u64>; 2] = [spec.hf_shape, spec.shape].map(|shape| widen(shape(&h)));
             if !shapes.contains(&tensor.shape) {
                 let [expected, _] = &shapes;
-                let shard = self.shard_of(tensor)?;
+                let shard = self.shard_of(&tensor.place)?;
                 return Err(Error::new(ErrorKind::BadShape)
                     .file(&shard.path)
-                    .at(tensor.offset)
+                    .at(tensor.place.offset)
                     .what(format!("tensor \"{name}\""))
                     .expected(format!("{expected:?} by config.json"))
                     .found(format!("{:?}", tensor.shape)));
+            }
+            if tensor.state.is_some() && spec.storage != Storage::Quantizable {
+                let shard = self.shard_of(&tensor.place)?;
+                return Err(Error::new(ErrorKind::WrongType)
+                    .file(&shard.path)
+                    .at(tensor.place.offset)
+                    .what(format!("tensor \"{name}\""))
+                    .expected("F32, F16 or BF16: only matrices are quantized")
+                    .found(tensor.dtype));
             }
         }
         if !missing.is_empty() {
@@ -326,13 +369,6 @@ fn changed(shard: &Shard, found: String) -> Error {
         .found(found)
 }
 
-fn out_of_bounds(shard: &Shard, t: &SourceTensor) -> Error {
-    Error::new(ErrorKind::DataOutOfBounds)
-        .file(&shard.path)
-        .what(format!("tensor \"{}\"", t.name))
-        .expected(format!("a range in its {} bytes", t.n_bytes))
-}
-
 /// `PickleRefused` if the folder's weights are pickles, else `Missing`.
 fn missing_file(folder: &Folder, name: &str) -> Error {
     match folder.find(&PICKLE_SUFFIXES) {
@@ -352,7 +388,7 @@ fn open_shards(
     folder: &Folder,
     index: Option<&Index>,
     warnings: &mut Vec<String>,
-) -> Result<(Vec<Shard>, Vec<SourceTensor>)> {
+) -> Result<(Vec<Shard>, Vec<RawTensor>)> {
     let single = [SINGLE_NAME.to_owned()];
     let names = index.map_or(&single[..], |index| &index.shards);
     if names.len() as u64 > SHARDS_MAX {
@@ -391,7 +427,7 @@ fn open_shards(
     }
     if let Some(index) = index {
         check_all_held(folder, index, &tensors)?;
-        let total: u64 = tensors.iter().map(|t| t.n_bytes).sum();
+        let total: u64 = tensors.iter().map(|t| t.place.n_bytes).sum();
         if let Some(written) = index.total_size.filter(|&written| written != total) {
             warnings.push(format!("{INDEX_NAME} says total_size {written}, the tensors have {total} bytes"));
         }
@@ -399,25 +435,17 @@ fn open_shards(
     Ok((shards, tensors))
 }
 
-fn open_shard(opened: Opened, i: usize, warnings: &mut Vec<String>) -> Result<(Shard, Vec<SourceTensor>)> {
+fn open_shard(opened: Opened, i: usize, warnings: &mut Vec<String>) -> Result<(Shard, Vec<RawTensor>)> {
     let header = header::read(&opened)?;
     warnings.extend(header.warnings.iter().map(|w| format!("{}: {w}", opened.path.display())));
     let mut tensors = Vec::with_capacity(header.tensors.len());
     for (name, info) in header.tensors {
         let (begin, end) = info.data_offsets;
         let offset = header.data_start.saturating_add(begin as u64);
-        let dtype =
-            dtype_of(info.dtype).map_err(|e| e.file(&opened.path).at(offset).what(describe_tensor(&name)))?;
-        tensors.push(SourceTensor {
-            name,
-            dtype,
-            shape: widen(info.shape),
-            shard: i,
-            offset,
-            n_bytes: (end - begin) as u64,
-        });
+        let place = Place { shard: i, offset, n_bytes: (end - begin) as u64 };
+        tensors.push(RawTensor { name, dtype: info.dtype, shape: widen(info.shape), place });
     }
-    tensors.sort_by_key(|t| t.offset);
+    tensors.sort_by_key(|t| t.place.offset);
     let modified = opened.file.metadata().ok().and_then(|m| m.modified().ok());
     let shard = Shard {
         path: opened.path.clone(),
@@ -433,29 +461,22 @@ fn describe_tensor(name: &str) -> String {
     format!("tensor \"{}\"", shorten(name))
 }
 
-fn dtype_of(dtype: Dtype) -> Result<GgmlType> {
+/// The type of plain numbers.
+fn dtype_of(dtype: Dtype) -> Option<GgmlType> {
     match dtype {
-        Dtype::F32 => Ok(GgmlType::F32),
-        Dtype::F16 => Ok(GgmlType::F16),
-        Dtype::BF16 => Ok(GgmlType::Bf16),
-        other => {
-            let error =
-                Error::new(ErrorKind::Unsupported).expected("F32, F16 or BF16").found(format!("{other:?}"));
-            Err(match other {
-                Dtype::U8 | Dtype::I8 => error.hint(
-                    "it looks like a bitsandbytes checkpoint; those are planned, use the unquantized model",
-                ),
-                _ => error,
-            })
-        }
+        Dtype::F32 => Some(GgmlType::F32),
+        Dtype::F16 => Some(GgmlType::F16),
+        Dtype::BF16 => Some(GgmlType::Bf16),
+        _ => None,
     }
 }
 
 /// Every tensor of the shard is in the index, under this shard.
-fn check_listed(shard: &Shard, i: usize, held: &[SourceTensor], index: &Index) -> Result<()> {
+fn check_listed(shard: &Shard, i: usize, held: &[RawTensor], index: &Index) -> Result<()> {
     for tensor in held {
-        let error =
-            |kind| Error::new(kind).file(&shard.path).at(tensor.offset).what(describe_tensor(&tensor.name));
+        let error = |kind| {
+            Error::new(kind).file(&shard.path).at(tensor.place.offset).what(describe_tensor(&tensor.name))
+        };
         match index.shard_of.get(&tensor.name) {
             Some(&listed) if listed == i => {}
             Some(&listed) => {
@@ -475,7 +496,7 @@ fn check_listed(shard: &Shard, i: usize, held: &[SourceTensor], index: &Index) -
 }
 
 /// Every tensor of the index is in a shard.
-fn check_all_held(folder: &Folder, index: &Index, tensors: &[SourceTensor]) -> Result<()> {
+fn check_all_held(folder: &Folder, index: &Index, tensors: &[RawTensor]) -> Result<()> {
     if index.shard_of.len() == tensors.len() {
         return Ok(());
     }
@@ -505,11 +526,11 @@ mod tests {
         assert_eq!((tokenizer.tokens.len(), tokenizer.merges.len()), (4096, 3828));
         assert_eq!((tokenizer.bos, &tokenizer.eos, tokenizer.pad), (Some(11), &vec![11], Some(11)));
         let tensor = checkpoint.tensor("backbone.layers.1.mixer.D").expect("D");
-        let mut bytes = vec![0; tensor.n_bytes as usize];
-        checkpoint.read(tensor, 0, &mut bytes).expect("reads");
-        let (map, range) = checkpoint.map(tensor).expect("maps");
+        let mut bytes = vec![0; tensor.place.n_bytes as usize];
+        checkpoint.read(&tensor.place, 0, &mut bytes).expect("reads");
+        let (map, range) = checkpoint.map(&tensor.place).expect("maps");
         assert_eq!(map.get(range), Some(&bytes[..]));
-        let past = checkpoint.read(tensor, 2, &mut bytes).expect_err("past the end");
+        let past = checkpoint.read(&tensor.place, 2, &mut bytes).expect_err("past the end");
         assert_eq!(past.kind(), ErrorKind::DataOutOfBounds);
         checkpoint.check_unchanged().expect("nobody wrote to it");
     }

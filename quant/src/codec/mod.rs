@@ -4,8 +4,11 @@
 //! runtime's kernels use those and keep no second copy. Every block type decodes as
 //! `weight = scale(sub-block) * code - min(sub-block)`, with codes as signed bytes in the order of the row.
 //!
-//! Layouts: ggml's public block structures (`ggml-common.h`).
+//! Layouts: ggml's public block structures (`ggml-common.h`). The types of bitsandbytes ([`bnb4`], [`bnb8`]) have their
+//! scales beside the codes ([`scales`]) and join at [`dequantize`].
 
+pub mod bnb4;
+pub mod bnb8;
 pub mod iq4;
 pub mod plain;
 pub mod q2_k;
@@ -16,10 +19,13 @@ pub mod q5;
 pub mod q5_k;
 pub mod q6_k;
 pub mod q8_0;
+pub mod scales;
 
 use std::marker::PhantomData;
 
-use kestrel_formats::GgmlType;
+use kestrel_formats::{GgmlType, WeightType};
+
+use scales::Scales;
 
 use crate::isa::{Isa, Work};
 use crate::scale_search::Importance;
@@ -114,6 +120,17 @@ pub fn codec(ty: GgmlType) -> &'static dyn Codec {
         GgmlType::Q6K => &q6_k::Q6K,
         GgmlType::Iq4Nl => &iq4::Iq4Nl,
         GgmlType::Iq4Xs => &iq4::Iq4Xs,
+    }
+}
+
+/// Dequantizes weights `first..first + out.len()` of a matrix of any type, whole blocks of it; `bytes` begins with
+/// theirs. `scales` are the whole matrix's, of a type that has them beside its codes.
+pub fn dequantize(ty: WeightType, bytes: &[u8], first: usize, scales: Option<&Scales<'_>>, out: &mut [f32]) {
+    match (ty, scales) {
+        (WeightType::Ggml(ty), _) => codec(ty).dequantize(bytes, out),
+        (WeightType::Nf4 | WeightType::Fp4, Some(scales)) => bnb4::dequantize(ty, bytes, first, scales, out),
+        (WeightType::Int8, Some(scales)) => bnb8::dequantize(bytes, first, scales, out),
+        (_, None) => panic!("{ty} without scales"),
     }
 }
 

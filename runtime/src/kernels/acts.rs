@@ -16,7 +16,7 @@ pub enum ActKind {
 }
 
 impl ActKind {
-    /// What weights of type `ty` multiply with; `precise` keeps f32 whatever the weights are.
+    /// What weights of type `ty` multiply with (`Matrix::act_kind` for those of bitsandbytes); `precise` keeps f32 whatever the weights are.
     pub fn for_weights(ty: GgmlType, precise: bool) -> Self {
         match ty.block_len() {
             _ if precise => Self::F32,

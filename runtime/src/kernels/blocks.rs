@@ -121,7 +121,7 @@ pub(super) unsafe fn int_matmul(job: &Job<'_>, quads: impl Fn(&[i8], &[i8]) -> [
 
 #[inline(always)]
 unsafe fn sum_blocks<S: Sum>(job: &Job<'_>, quads: impl Fn(&[i8], &[i8]) -> [i32; QUADS]) {
-    let ty = job.weights.dtype;
+    let ty = job.weights.ggml();
     let (len, sub) = (ty.block_len(), sub_len(ty));
     let n_subs = len / sub;
     for row0 in job.rows.clone().step_by(LANES) {

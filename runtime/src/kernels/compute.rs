@@ -1,6 +1,7 @@
 //! The operations of the forward pass over all threads. Each is one fork and join.
 
 use super::acts::{ActKind, Acts};
+use super::beside;
 use super::elementwise::{Conv, D_CONV_MAX, Run, Scan};
 use super::isa::Isa;
 use super::matmul::{Job, MatrixRef, Scratch};
@@ -8,7 +9,7 @@ use super::memory::{Channels, LANES, Out, SharedMut};
 use super::table::{Kernels, kernels};
 use crate::pool::Pool;
 use crate::state::State;
-use kestrel_quant::codec;
+use kestrel_formats::{GgmlType, WeightType};
 use std::ops::Range;
 
 /// Threads, the kernels that they run and what each of them needs.
@@ -109,6 +110,11 @@ impl Compute {
         Self { pool, kernels: kernels(isa), scratch, max_tokens }
     }
 
+    /// Makes room for products of matrices with scales beside their codes, of at most `cols` columns.
+    pub fn reserve_blocks(&mut self, cols: usize) {
+        self.scratch.iter_mut().for_each(|s| s.blocks.resize(beside::scratch_bytes(cols), 0));
+    }
+
     /// The instruction set at work.
     pub fn isa(&self) -> Isa {
         self.kernels.isa()
@@ -128,7 +134,7 @@ impl Compute {
     pub fn embed(&self, table: &MatrixRef<'_>, tokens: &[u32], out: &mut [f32]) {
         assert_eq!(out.len(), tokens.len() * table.cols);
         for (&token, out) in tokens.iter().zip(out.chunks_exact_mut(table.cols)) {
-            codec(table.dtype).dequantize(table.row(token as usize), out);
+            table.expand(token as usize, 0, out);
         }
     }
 
@@ -323,12 +329,19 @@ fn units(channels: Range<usize>, kind: ActKind) -> impl Iterator<Item = Range<us
 unsafe fn product(kernels: &Kernels, job: &Job<'_>, scratch: &mut Scratch) {
     assert_eq!(job.acts.cols(), job.weights.cols, "the activations' columns are the weights'");
     let kind = job.acts.kind();
-    let run = if kind == ActKind::F32 {
-        kernels.f32_matmul
-    } else {
-        assert_eq!(kind, ActKind::for_weights(job.weights.dtype, false), "the kind that the weights take");
-        kernels.int_matmul
-    };
-    // SAFETY: the table's instruction set is present, kind and columns were just checked, the rest is the caller's.
-    unsafe { run(job, scratch) }
+    // SAFETY: the table's instruction set is present, kind and columns are checked, the rest is the caller's.
+    unsafe {
+        match (kind, job.weights.dtype) {
+            (ActKind::F32, _) => (kernels.f32_matmul)(job, scratch),
+            (_, WeightType::Ggml(ty)) => {
+                assert_eq!(kind, ActKind::for_weights(ty, false), "the kind that the weights take");
+                (kernels.int_matmul)(job, scratch);
+            }
+            (_, other) => {
+                let expected = ActKind::for_weights(GgmlType::Q8_0, false);
+                assert_eq!(kind, expected, "{other} is multiplied as Q8_0");
+                beside::int_matmul(kernels, job, scratch);
+            }
+        }
+    }
 }

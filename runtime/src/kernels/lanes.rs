@@ -44,6 +44,50 @@ pub(crate) trait Lanes: Copy {
     /// Stores integral numbers within -128..=127 as bytes and returns their sum.
     unsafe fn store_i8(self, p: *mut i8) -> i32;
 
+    /// From 16 signed bytes.
+    #[inline(always)]
+    unsafe fn load_i8(p: *const u8) -> Self {
+        let bytes = p.cast::<[i8; LANES]>().read_unaligned();
+        Self::load(bytes.map(f32::from).as_ptr())
+    }
+
+    /// Of 16 bytes, the numbers that the high halves name in `self`, and those that the low halves name.
+    #[inline(always)]
+    unsafe fn look_up(self, p: *const u8) -> (Self, Self) {
+        let mut table = [0.0; LANES];
+        self.store(table.as_mut_ptr());
+        let bytes = p.cast::<[u8; LANES]>().read_unaligned();
+        let high = bytes.map(|b| table[usize::from(b >> 4)]);
+        let low = bytes.map(|b| table[usize::from(b & 15)]);
+        (Self::load(high.as_ptr()), Self::load(low.as_ptr()))
+    }
+
+    /// The same of a table of bytes, high and low halves by turns: 32 bytes.
+    #[inline(always)]
+    unsafe fn look_up_i8(table: &[i8; 16], p: *const u8, to: *mut i8) {
+        let bytes = p.cast::<[u8; LANES]>().read_unaligned();
+        for (i, b) in bytes.into_iter().enumerate() {
+            *to.add(2 * i) = table[usize::from(b >> 4)];
+            *to.add(2 * i + 1) = table[usize::from(b & 15)];
+        }
+    }
+
+    /// Rounded to bf16, ties to even.
+    #[inline(always)]
+    unsafe fn to_bf16(self) -> Self {
+        let mut x = [0.0; LANES];
+        self.store(x.as_mut_ptr());
+        Self::load(x.map(|x| half::bf16::from_f32(x).to_f32()).as_ptr())
+    }
+
+    /// Rounded to f16, ties to even.
+    #[inline(always)]
+    unsafe fn to_f16(self) -> Self {
+        let mut x = [0.0; LANES];
+        self.store(x.as_mut_ptr());
+        Self::load(x.map(|x| half::f16::from_f32(x).to_f32()).as_ptr())
+    }
+
     /// Transposes 16 rows of 16 numbers, `stride` apart: row r of `to` gets column r.
     #[inline(always)]
     unsafe fn transpose(from: *const f32, stride: usize, to: *mut f32) {

@@ -4,28 +4,45 @@
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for the contracts of `Lanes` and `Matmul` alone
 
 use super::acts::Acts;
+use super::beside;
 use super::lanes::Lanes;
 use super::memory::{Aligned, LANES, Out};
-use kestrel_formats::{Error, ErrorKind, GgmlType, Result};
-use kestrel_quant::codec;
+use kestrel_formats::{Error, ErrorKind, GgmlType, Result, WeightType};
+use kestrel_quant::codec::dequantize;
+use kestrel_quant::codec::scales::Scales;
 use std::ops::Range;
 
 /// A weight matrix of any type where it lies: row-major, rows · row_bytes bytes.
 #[derive(Clone, Copy)]
 pub struct MatrixRef<'a> {
     /// How the weights are stored.
-    pub dtype: GgmlType,
+    pub dtype: WeightType,
     /// Outputs.
     pub rows: usize,
     /// Inputs.
     pub cols: usize,
-    /// The weights.
+    /// The weights, or their codes.
     pub bytes: &'a [u8],
+    /// Scales beside the codes, for types that have them there.
+    pub scales: Option<Scales<'a>>,
+    /// What the scales call its first weight.
+    first: usize,
 }
 
 impl<'a> MatrixRef<'a> {
-    /// Errors: `BadShape` if `bytes` is not exactly rows · cols weights of `dtype`.
+    /// A matrix without scales beside it. Errors: `BadShape` if `bytes` is not exactly rows · cols weights of `dtype`.
     pub fn new(dtype: GgmlType, rows: usize, cols: usize, bytes: &'a [u8]) -> Result<Self> {
+        Self::with_scales(dtype.into(), rows, cols, bytes, None)
+    }
+
+    /// As [`new`](Self::new), with the scales that the type asks for.
+    pub fn with_scales(
+        dtype: WeightType,
+        rows: usize,
+        cols: usize,
+        bytes: &'a [u8],
+        scales: Option<Scales<'a>>,
+    ) -> Result<Self> {
         let row_bytes = dtype.bytes_for(cols as u64);
         let n_bytes = row_bytes.and_then(|b| b.checked_mul(rows as u64));
         if cols == 0 || n_bytes != Some(bytes.len() as u64) {
@@ -34,7 +51,15 @@ impl<'a> MatrixRef<'a> {
                 .expected(n_bytes.map_or("whole blocks in a row".to_owned(), |n| format!("{n} bytes")))
                 .found(format!("{} bytes", bytes.len())));
         }
-        Ok(Self { dtype, rows, cols, bytes })
+        Ok(Self { dtype, rows, cols, bytes, scales, first: 0 })
+    }
+
+    /// The type, where it can only be one of ggml's.
+    pub(crate) fn ggml(&self) -> GgmlType {
+        match self.dtype {
+            WeightType::Ggml(ty) => ty,
+            other => unreachable!("{other} has a product of its own"),
+        }
     }
 
     /// Bytes of a row.
@@ -47,10 +72,27 @@ impl<'a> MatrixRef<'a> {
         &self.bytes[r * self.row_bytes()..][..self.row_bytes()]
     }
 
+    /// The scales of row `r` and what they call its first weight, of a type that has them beside its codes.
+    pub(crate) fn beside(&self, r: usize) -> (&Scales<'a>, usize) {
+        (self.scales.as_ref().expect("a type with scales beside its codes"), self.first + r * self.cols)
+    }
+
     /// Rows `range` as a matrix.
     pub(crate) fn slice(&self, range: Range<usize>) -> Self {
         let bytes = &self.bytes[range.start * self.row_bytes()..range.end * self.row_bytes()];
-        Self { rows: range.len(), bytes, ..*self }
+        Self { rows: range.len(), bytes, first: self.first + range.start * self.cols, ..*self }
+    }
+
+    /// Columns `k0..` of row `r` as f32; `k0` and `to.len()` are whole blocks.
+    pub(crate) fn expand(&self, r: usize, k0: usize, to: &mut [f32]) {
+        self.expand_flat(r * self.cols + k0, to);
+    }
+
+    /// Weights `i..` of the matrix, counted along its rows, as f32; `i` and `to.len()` are whole blocks.
+    pub(crate) fn expand_flat(&self, i: usize, to: &mut [f32]) {
+        let bytes = |n: usize| n / self.dtype.block_len() * self.dtype.block_bytes();
+        let codes = &self.bytes[bytes(i)..bytes(i + to.len())];
+        dequantize(self.dtype, codes, self.first + i, self.scales.as_ref(), to);
     }
 }
 
@@ -92,6 +134,8 @@ pub(crate) struct Scratch {
     pub sums: Aligned<f32>,
     /// Integer products of tiles of 16 rows by 16 tokens.
     pub tiles: Aligned<i32>,
+    /// Rows of a matrix of bitsandbytes as Q8_0; empty where there is none.
+    pub blocks: Vec<u8>,
 }
 
 impl Scratch {
@@ -103,6 +147,7 @@ impl Scratch {
             scales: Aligned::zeroed(PANEL_COLS / 16 * PANEL_ROWS * 2),
             sums: Aligned::zeroed(n_tokens.next_multiple_of(LANES) * PANEL_ROWS),
             tiles: Aligned::zeroed(2 * TILE_SUBS * LANES * LANES),
+            blocks: Vec::new(),
         }
     }
 }
@@ -129,25 +174,32 @@ pub(crate) unsafe fn f32_matmul<L: Lanes>(job: &Job<'_>, scratch: &mut Scratch) 
 #[inline(always)]
 unsafe fn f32_rows<L: Lanes>(job: &Job<'_>, row0: usize, n_rows: usize, scratch: &mut Scratch) {
     let mut out = [[0.0; LANES]; F32_PANEL_TOKENS];
-    for r in 0..n_rows {
+    let done = beside::f32_rows::<L>(job, row0, &mut out, n_rows, scratch);
+    for r in if done { 0..0 } else { 0..n_rows } {
         let bytes = job.weights.row(row0 + r).as_ptr();
         match job.weights.dtype {
-            GgmlType::F32 => {
+            WeightType::Ggml(GgmlType::F32) => {
                 let load = |k| L::load(bytes.add(4 * k).cast());
                 dots::<L>(job, row0 + r, 0, job.weights.cols, load, |t, sum| out[t][r] = sum);
             }
-            GgmlType::F16 => {
+            WeightType::Ggml(GgmlType::F16) => {
                 let load = |k| L::load_f16(bytes.add(2 * k));
                 dots::<L>(job, row0 + r, 0, job.weights.cols, load, |t, sum| out[t][r] = sum);
             }
-            GgmlType::Bf16 => {
+            WeightType::Ggml(GgmlType::Bf16) => {
                 let load = |k| L::load_bf16(bytes.add(2 * k));
+                dots::<L>(job, row0 + r, 0, job.weights.cols, load, |t, sum| out[t][r] = sum);
+            }
+            WeightType::Int8 => {
+                let (scales, first) = job.weights.beside(row0 + r);
+                let scale = scales.absmax.get(first / scales.blocksize);
+                let load = |k| beside::int8_weights::<L>(bytes.add(k), scale);
                 dots::<L>(job, row0 + r, 0, job.weights.cols, load, |t, sum| out[t][r] = sum);
             }
             _ => {
                 for k0 in (0..job.weights.cols).step_by(PANEL_COLS) {
                     let n = PANEL_COLS.min(job.weights.cols - k0);
-                    expand_row(job, row0 + r, k0, &mut scratch.rows[..n]);
+                    job.weights.expand(row0 + r, k0, &mut scratch.rows[..n]);
                     let rows = scratch.rows.as_ptr();
                     dots::<L>(job, row0 + r, k0, n, |k| L::load(rows.add(k)), |t, sum| out[t][r] += sum);
                 }
@@ -194,15 +246,8 @@ unsafe fn dots<L: Lanes>(
 /// The last columns of a row, fewer than 16; only types without blocks have such.
 fn tail_dot(job: &Job<'_>, row: usize, k: usize, x: &[f32]) -> f32 {
     let mut weights = [0.0; LANES];
-    expand_row(job, row, k, &mut weights[..x.len()]);
+    job.weights.expand(row, k, &mut weights[..x.len()]);
     weights.iter().zip(x).map(|(w, x)| w * x).sum()
-}
-
-/// Columns `k0..` of a row as f32; `k0` and `to.len()` are whole blocks.
-fn expand_row(job: &Job<'_>, row: usize, k0: usize, to: &mut [f32]) {
-    let ty = job.weights.dtype;
-    let bytes = |n: usize| n / ty.block_len() * ty.block_bytes();
-    codec(ty).dequantize(&job.weights.row(row)[bytes(k0)..bytes(k0 + to.len())], to);
 }
 
 /// Up to 16 rows times all tokens: the rows are expanded to [column][16], some columns at a time, and multiplied in
@@ -217,7 +262,7 @@ unsafe fn f32_panel<L: Lanes>(job: &Job<'_>, row0: usize, n_rows: usize, scratch
             let row = &mut scratch.rows[r * PANEL_COLS..][..n.next_multiple_of(LANES)];
             row[n / LANES * LANES..].fill(0.0);
             match r < n_rows {
-                true => expand_row(job, row0 + r, k0, &mut row[..n]),
+                true => job.weights.expand(row0 + r, k0, &mut row[..n]),
                 false => row.fill(0.0),
             }
         }

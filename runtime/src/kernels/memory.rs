@@ -160,6 +160,8 @@ pub(crate) struct Out<'a> {
     numbers: SharedMut<'a, f32>,
     row16_stride: usize,
     token_stride: usize,
+    /// Added to every row.
+    row0: usize,
     /// Add to what is there instead of replacing it.
     add: bool,
 }
@@ -167,7 +169,7 @@ pub(crate) struct Out<'a> {
 impl<'a> Out<'a> {
     /// Results as [token][row] with `width` numbers per token.
     pub fn token_major(numbers: &'a mut [f32], width: usize, add: bool) -> Self {
-        Self { numbers: SharedMut::new(numbers), row16_stride: LANES, token_stride: width, add }
+        Self { numbers: SharedMut::new(numbers), row16_stride: LANES, token_stride: width, row0: 0, add }
     }
 
     /// Results as [row / 16][token][16] for `n_tokens` tokens.
@@ -176,8 +178,15 @@ impl<'a> Out<'a> {
             numbers: SharedMut::new(numbers),
             row16_stride: n_tokens * LANES,
             token_stride: LANES,
+            row0: 0,
             add: false,
         }
+    }
+
+    /// The same place with rows counted from `row`, a multiple of 16.
+    pub fn starting_at(&self, row: usize) -> Self {
+        debug_assert!(row.is_multiple_of(LANES));
+        Self { row0: self.row0 + row, ..*self }
     }
 
     /// Everything of the rows `16 · blocks`, of a blocked output.
@@ -196,7 +205,7 @@ impl<'a> Out<'a> {
     #[inline(always)]
     pub unsafe fn put(&self, row: usize, t: usize, values: &[f32]) {
         debug_assert!(row.is_multiple_of(LANES) && values.len() <= LANES);
-        let start = row / LANES * self.row16_stride + t * self.token_stride;
+        let start = (self.row0 + row) / LANES * self.row16_stride + t * self.token_stride;
         // SAFETY: the caller's promise.
         let to = unsafe { self.numbers.part(start..start + values.len()) };
         if self.add {

@@ -18,6 +18,7 @@
 #![allow(clippy::needless_range_loop)]
 
 mod acts;
+mod beside;
 mod blocks;
 mod compute;
 mod elementwise;
@@ -34,6 +35,7 @@ mod table;
 mod x86;
 
 pub use acts::{ActKind, Acts};
+pub(crate) use beside::multiplies_as_q8_0;
 pub use compute::{Compute, InProj, Mixer, ScanWeights, Segment, Then};
 pub use isa::Isa;
 pub use matmul::MatrixRef;

@@ -1,9 +1,10 @@
 //! The table of functions of each instruction set.
 
 use super::acts::ActsWriter;
+use super::beside;
 use super::elementwise::{self, Conv, Scan};
 use super::isa::Isa;
-use super::matmul::{self, Matmul};
+use super::matmul::{self, Matmul, MatrixRef};
 #[cfg(target_arch = "aarch64")]
 use super::neon;
 #[cfg(target_arch = "x86_64")]
@@ -24,6 +25,8 @@ pub struct Kernels {
     pub(super) scan: ScanFn,
     pub(super) f32_matmul: Matmul,
     pub(super) int_matmul: Matmul,
+    /// A row of a matrix with scales beside its codes, as Q8_0 blocks.
+    pub(super) to_q8_0: unsafe fn(&MatrixRef<'_>, usize, &mut [u8]),
     exp: unsafe fn(&mut [f32]),
     silu: unsafe fn(&mut [f32]),
     softplus: unsafe fn(&mut [f32]),
@@ -116,6 +119,11 @@ macro_rules! kernels {
                 unsafe { matmul::f32_matmul::<$lanes>(job, scratch) }
             }
             $(#[$feature])?
+            unsafe fn to_q8_0(weights: &MatrixRef<'_>, row: usize, out: &mut [u8]) {
+                // SAFETY: as above.
+                unsafe { beside::to_q8_0::<$lanes>(weights, row, out) }
+            }
+            $(#[$feature])?
             unsafe fn exp(x: &mut [f32]) {
                 // SAFETY: as above.
                 unsafe { elementwise::map::<$lanes>(x, |v| lanes::exp(v)) }
@@ -140,6 +148,7 @@ macro_rules! kernels {
                 scan,
                 f32_matmul,
                 int_matmul: $int_matmul,
+                to_q8_0,
                 exp,
                 silu,
                 softplus,

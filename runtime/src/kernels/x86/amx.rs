@@ -62,7 +62,7 @@ pub(crate) unsafe fn int_matmul(job: &Job<'_>, scratch: &mut Scratch) {
         if job.acts.n_tokens() < INT_PANEL_TOKENS {
             int_rows(job);
         } else {
-            by_type!(job.weights.dtype, small, large, (job, scratch));
+            by_type!(job.weights.ggml(), small, large, (job, scratch));
         }
     }
 }

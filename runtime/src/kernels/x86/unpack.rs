@@ -73,6 +73,16 @@ unsafe fn nibbles16(p: *const u8) -> __m256i {
     _mm256_and_si256(both, _mm256_set1_epi8(15))
 }
 
+/// Bytes that the halves of 16 bytes name in a table, high and low by turns; see `Lanes::look_up_i8`.
+#[inline(always)]
+pub(super) unsafe fn look_up_bytes(table: &[i8; 16], p: *const u8, to: *mut i8) {
+    let (table, bytes) = (load16(table.as_ptr().cast()), load16(p));
+    let low = _mm_shuffle_epi8(table, _mm_and_si128(bytes, _mm_set1_epi8(15)));
+    let high = _mm_shuffle_epi8(table, _mm_and_si128(_mm_srli_epi16::<4>(bytes), _mm_set1_epi8(15)));
+    _mm_storeu_si128(to.cast(), _mm_unpacklo_epi8(high, low));
+    _mm_storeu_si128(to.add(16).cast(), _mm_unpackhi_epi8(high, low));
+}
+
 /// `shift`ed fields of 32 bytes under a mask.
 #[inline(always)]
 unsafe fn field(bytes: __m256i, shift: usize, mask: i8) -> __m256i {

@@ -3,6 +3,7 @@
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for the contract of `Lanes` alone
 
 use crate::kernels::lanes::Lanes;
+use crate::kernels::x86::unpack::look_up_bytes;
 use std::arch::x86_64::*;
 
 /// Sixteen f32 in two registers.
@@ -103,6 +104,43 @@ impl Lanes for Avx2 {
         let x = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
         let x = _mm_max_ps(x, _mm_movehl_ps(x, x));
         _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)))
+    }
+    #[inline(always)]
+    unsafe fn load_i8(p: *const u8) -> Self {
+        let half = |p: *const u8| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast())));
+        Self(half(p), half(p.add(8)))
+    }
+    #[inline(always)]
+    unsafe fn look_up(self, p: *const u8) -> (Self, Self) {
+        // Bit 3 of an index, brought to the sign, says which half of the table.
+        let one = |index: __m256i| {
+            let low = _mm256_permutevar8x32_ps(self.0, index);
+            let high = _mm256_permutevar8x32_ps(self.1, index);
+            _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(index)))
+        };
+        let a = _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast()));
+        let b = _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.add(8).cast()));
+        let high = Self(one(_mm256_srli_epi32::<4>(a)), one(_mm256_srli_epi32::<4>(b)));
+        (high, Self(one(a), one(b)))
+    }
+    #[inline(always)]
+    unsafe fn look_up_i8(table: &[i8; 16], p: *const u8, to: *mut i8) {
+        look_up_bytes(table, p, to);
+    }
+    #[inline(always)]
+    unsafe fn to_bf16(self) -> Self {
+        let one = |x: __m256| {
+            let bits = _mm256_castps_si256(x);
+            let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+            let up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+            _mm256_castsi256_ps(_mm256_and_si256(up, _mm256_set1_epi32(!0xffff)))
+        };
+        Self(one(self.0), one(self.1))
+    }
+    #[inline(always)]
+    unsafe fn to_f16(self) -> Self {
+        let one = |x: __m256| _mm256_cvtph_ps(_mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x));
+        Self(one(self.0), one(self.1))
     }
     #[inline(always)]
     unsafe fn store_i8(self, p: *mut i8) -> i32 {

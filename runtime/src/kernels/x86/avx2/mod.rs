@@ -22,9 +22,9 @@ pub(crate) unsafe fn int_matmul(job: &Job<'_>, scratch: &mut Scratch) {
     // SAFETY: the caller's.
     unsafe {
         if job.acts.n_tokens() < INT_PANEL_TOKENS {
-            by_type!(job.weights.dtype, rows_small, rows_large, (job));
+            by_type!(job.weights.ggml(), rows_small, rows_large, (job));
         } else {
-            by_type!(job.weights.dtype, panel_small, panel_large, (job, scratch));
+            by_type!(job.weights.ggml(), panel_small, panel_large, (job, scratch));
         }
     }
 }

@@ -3,6 +3,7 @@
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for the contract of `Lanes` alone
 
 use crate::kernels::lanes::Lanes;
+use crate::kernels::x86::unpack::look_up_bytes;
 use std::arch::x86_64::*;
 
 /// Sixteen f32 in a register.
@@ -86,6 +87,32 @@ impl Lanes for Avx512 {
         let codes = _mm512_cvtps_epi32(self.0);
         _mm_storeu_si128(p.cast(), _mm512_cvtsepi32_epi8(codes));
         _mm512_reduce_add_epi32(codes)
+    }
+    #[inline(always)]
+    unsafe fn load_i8(p: *const u8) -> Self {
+        Self(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))))
+    }
+    #[inline(always)]
+    unsafe fn look_up(self, p: *const u8) -> (Self, Self) {
+        let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()));
+        // Only the lowest four bits of an index count.
+        let high = _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(bytes), self.0);
+        (Self(high), Self(_mm512_permutexvar_ps(bytes, self.0)))
+    }
+    #[inline(always)]
+    unsafe fn look_up_i8(table: &[i8; 16], p: *const u8, to: *mut i8) {
+        look_up_bytes(table, p, to);
+    }
+    #[inline(always)]
+    unsafe fn to_bf16(self) -> Self {
+        let bits = _mm512_castps_si512(self.0);
+        let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+        let up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+        Self(_mm512_castsi512_ps(_mm512_and_si512(up, _mm512_set1_epi32(!0xffff))))
+    }
+    #[inline(always)]
+    unsafe fn to_f16(self) -> Self {
+        Self(_mm512_cvtph_ps(_mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0)))
     }
     #[inline(always)]
     unsafe fn transpose(from: *const f32, stride: usize, to: *mut f32) {

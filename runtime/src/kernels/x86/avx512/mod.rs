@@ -24,7 +24,7 @@ pub(crate) unsafe fn int_matmul(job: &Job<'_>, scratch: &mut Scratch) {
         if job.acts.n_tokens() < INT_PANEL_TOKENS {
             int_rows(job);
         } else {
-            by_type!(job.weights.dtype, small, large, (job, scratch));
+            by_type!(job.weights.ggml(), small, large, (job, scratch));
         }
     }
 }
@@ -37,5 +37,5 @@ pub(crate) unsafe fn int_matmul(job: &Job<'_>, scratch: &mut Scratch) {
 pub(super) unsafe fn int_rows(job: &Job<'_>) {
     use rows::{large, small};
     // SAFETY: the caller's.
-    unsafe { by_type!(job.weights.dtype, small, large, (job)) };
+    unsafe { by_type!(job.weights.ggml(), small, large, (job)) };
 }

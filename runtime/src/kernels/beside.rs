@@ -1,0 +1,185 @@
+//! Products of matrices whose scales lie beside their codes, as bitsandbytes has them.
+//!
+//! Few tokens: f32 activations, and the weights are exactly what the library dequantizes. A row is read once. The 16
+//! values of a 4-bit type, times the scale of a block and rounded, fit a register (or two), in which every code is
+//! looked up; of a byte one half and then the other, so the activations are brought into that order first.
+//!
+//! Many tokens: some rows at a time become Q8_0 blocks in scratch, and the product with int8 activations is Q8_0's. Two
+//! roundings come in: values to 1/127 of a block's scale, which adds under 1 % to the variance of NF4's own error, and
+//! scales to f16. [`multiplies_as_q8_0`] tells where that holds.
+
+#![allow(unsafe_op_in_unsafe_fn)] // unsafe for the contracts of `Lanes` and `Matmul` alone
+
+use super::lanes::Lanes;
+use super::matmul::{INT_PANEL_TOKENS, Job, MatrixRef, PANEL_ROWS, Scratch};
+use super::memory::LANES;
+use super::table::Kernels;
+use kestrel_formats::{GgmlType, WeightType};
+use kestrel_quant::codec::scales::Scales;
+use kestrel_quant::codec::{bnb8, f16_bits, q8_0};
+
+/// Weights of one step: 16 bytes of 4-bit codes.
+const STEP: usize = 2 * LANES;
+
+/// Whether a matrix with these scales, the largest of them `largest`, is multiplied as Q8_0: tokens are many, blocks do
+/// not split a block of 32, and the largest scale is a normal f16, so that rounding it costs 2^-11 at most.
+pub(crate) fn multiplies_as_q8_0(n_tokens: usize, cols: usize, blocksize: usize, largest: f32) -> bool {
+    let d = largest / 127.0;
+    n_tokens >= INT_PANEL_TOKENS
+        && cols.is_multiple_of(q8_0::LEN)
+        && blocksize.is_multiple_of(q8_0::LEN)
+        && (half::f16::MIN_POSITIVE.to_f32()..=half::f16::MAX.to_f32()).contains(&d)
+}
+
+/// Bytes of scratch that a product with `cols` columns needs.
+pub(crate) fn scratch_bytes(cols: usize) -> usize {
+    PANEL_ROWS * cols / q8_0::LEN * q8_0::BYTES
+}
+
+/// A product with int8 activations of the kind that Q8_0 takes.
+///
+/// # Safety
+/// That of [`super::matmul::Matmul`].
+pub(crate) unsafe fn int_matmul(kernels: &Kernels, job: &Job<'_>, scratch: &mut Scratch) {
+    let cols = job.weights.cols;
+    let row_bytes = cols / q8_0::LEN * q8_0::BYTES;
+    let mut blocks = std::mem::take(&mut scratch.blocks); // given back below
+    for row0 in job.rows.clone().step_by(PANEL_ROWS) {
+        let n_rows = PANEL_ROWS.min(job.rows.end - row0);
+        for (r, row) in blocks[..n_rows * row_bytes].chunks_exact_mut(row_bytes).enumerate() {
+            (kernels.to_q8_0)(&job.weights, row0 + r, row);
+        }
+        let weights = MatrixRef::new(GgmlType::Q8_0, n_rows, cols, &blocks[..n_rows * row_bytes]);
+        let weights = weights.expect("whole blocks of 32, see `multiplies_as_q8_0`");
+        let panel = Job { weights, rows: 0..n_rows, acts: job.acts, out: job.out.starting_at(row0) };
+        (kernels.int_matmul)(&panel, scratch);
+    }
+    scratch.blocks = blocks;
+}
+
+/// Row `row` as Q8_0 blocks.
+#[inline(always)]
+pub(crate) unsafe fn to_q8_0<L: Lanes>(weights: &MatrixRef<'_>, row: usize, out: &mut [u8]) {
+    let (scales, first) = weights.beside(row);
+    let codes = weights.row(row);
+    // A code of Q8_0 is a value times 127.
+    let table = weights.dtype.code_values().map(|values| values.map(|v| (v * 127.0).round_ties_even() as i8));
+    let mut last = (usize::MAX, 0);
+    for (b, out) in out.as_chunks_mut::<{ q8_0::BYTES }>().0.iter_mut().enumerate() {
+        let block = (first + b * q8_0::LEN) / scales.blocksize;
+        if block != last.0 {
+            last = (block, f16_bits(scales.absmax.get(block) / 127.0));
+        }
+        out[q8_0::D..q8_0::QS].copy_from_slice(&last.1.to_le_bytes());
+        let to = out[q8_0::QS..].as_mut_ptr();
+        match &table {
+            None => to.copy_from_nonoverlapping(codes[b * q8_0::LEN..][..q8_0::LEN].as_ptr(), q8_0::LEN),
+            Some(table) => {
+                L::look_up_i8(table, codes[b * q8_0::LEN / 2..][..q8_0::LEN / 2].as_ptr(), to.cast())
+            }
+        }
+    }
+}
+
+/// Up to 16 rows times few tokens with f32 activations; false if the matrix has another shape than this can take.
+#[inline(always)]
+pub(crate) unsafe fn f32_rows<L: Lanes>(
+    job: &Job<'_>,
+    row0: usize,
+    out: &mut [[f32; LANES]],
+    n_rows: usize,
+    scratch: &mut Scratch,
+) -> bool {
+    let (n_tokens, cols) = (job.acts.n_tokens(), job.weights.cols);
+    let Some(scales) = job.weights.scales else { return false };
+    if job.weights.dtype == WeightType::Int8 {
+        return false;
+    }
+    let fits = cols.is_multiple_of(STEP)
+        && scales.blocksize.is_multiple_of(STEP)
+        && n_tokens * cols <= scratch.rows.len();
+    if !fits {
+        return false;
+    }
+    if row0 == job.rows.start {
+        for t in 0..n_tokens {
+            deinterleave(job.acts.floats(t), &mut scratch.rows[t * cols..][..cols]);
+        }
+    }
+    for r in 0..n_rows {
+        for (t, out) in out.iter_mut().enumerate().take(n_tokens) {
+            let x = &scratch.rows[t * cols..][..cols];
+            out[r] = four_bit_dot::<L>(&job.weights, row0 + r, x);
+        }
+    }
+    true
+}
+
+/// Of each 32 numbers those at even places, then those at odd ones.
+fn deinterleave(x: &[f32], to: &mut [f32]) {
+    for (x, to) in x.as_chunks::<STEP>().0.iter().zip(to.as_chunks_mut::<STEP>().0) {
+        let (even, odd) = to.split_at_mut(LANES);
+        for (pair, (even, odd)) in x.as_chunks::<2>().0.iter().zip(even.iter_mut().zip(odd)) {
+            (*even, *odd) = (pair[0], pair[1]);
+        }
+    }
+}
+
+/// A row times deinterleaved activations.
+#[inline(always)]
+unsafe fn four_bit_dot<L: Lanes>(weights: &MatrixRef<'_>, row: usize, x: &[f32]) -> f32 {
+    let (scales, first) = weights.beside(row);
+    let values = weights.dtype.code_values().expect("a 4-bit type");
+    let values = L::load(values.as_ptr());
+    match scales.round_to {
+        GgmlType::F16 => {
+            row_sum::<L>(weights.row(row), scales, first, x, |s| values.mul(L::splat(s)).to_f16())
+        }
+        GgmlType::Bf16 => {
+            row_sum::<L>(weights.row(row), scales, first, x, |s| values.mul(L::splat(s)).to_bf16())
+        }
+        _ => row_sum::<L>(weights.row(row), scales, first, x, |s| values.mul(L::splat(s))),
+    }
+}
+
+#[inline(always)]
+unsafe fn row_sum<L: Lanes>(
+    codes: &[u8],
+    scales: &Scales<'_>,
+    first: usize,
+    x: &[f32],
+    table: impl Fn(f32) -> L,
+) -> f32 {
+    let mut sums = [L::splat(0.0); 4];
+    let (mut k, mut block) = (0, first / scales.blocksize);
+    while k < x.len() {
+        let end = ((block + 1) * scales.blocksize - first).min(x.len());
+        let table = table(scales.absmax.get(block));
+        // Both are multiples of 32 within the row.
+        while k + 2 * STEP <= end {
+            add_step(table, &codes[k / 2..][..LANES], &x[k..][..STEP], &mut sums, 0);
+            add_step(table, &codes[(k + STEP) / 2..][..LANES], &x[k + STEP..][..STEP], &mut sums, 2);
+            k += 2 * STEP;
+        }
+        if k < end {
+            add_step(table, &codes[k / 2..][..LANES], &x[k..][..STEP], &mut sums, 0);
+            k += STEP;
+        }
+        block += 1;
+    }
+    sums[0].add(sums[1]).add(sums[2].add(sums[3])).sum()
+}
+
+/// 32 weights into sums `at` and `at + 1`.
+#[inline(always)]
+unsafe fn add_step<L: Lanes>(table: L, codes: &[u8], x: &[f32], sums: &mut [L; 4], at: usize) {
+    let (even, odd) = table.look_up(codes.as_ptr());
+    sums[at] = even.mul_add(L::load(x.as_ptr()), sums[at]);
+    sums[at + 1] = odd.mul_add(L::load(x.as_ptr().add(LANES)), sums[at + 1]);
+}
+
+/// Sixteen weights of an int8 row from their codes, exactly as they are dequantized.
+#[inline(always)]
+pub(crate) unsafe fn int8_weights<L: Lanes>(codes: *const u8, scale: f32) -> L {
+    L::load_i8(codes).mul(L::splat(scale)).mul(L::splat(bnb8::INVERSE_127))
+}
