@@ -103,9 +103,19 @@ unsafe fn put_columns<L: Lanes>(
 #[inline(always)]
 unsafe fn quantize_block<L: Lanes>(block: BlockMut<'_>, load: impl Fn(usize) -> L) {
     let n_parts = block.codes.len() / LANES;
-    let mut largest = L::splat(0.0);
+    let (mut largest, mut not_finite) = (L::splat(0.0), L::splat(0.0));
     for i in 0..n_parts {
-        largest = load(i * LANES).abs().at_least(largest);
+        let x = load(i * LANES);
+        largest = x.abs().at_least(largest);
+        not_finite = x.mul_add(L::splat(0.0), not_finite); // NaN as soon as one number is not finite
+    }
+    if not_finite.sum() != 0.0 {
+        // The block stands for NaN, so that what went wrong is seen at the end and not rounded away.
+        *block.scale = f32::NAN;
+        block.codes.fill(0);
+        block.sums32.fill(0);
+        block.sums16.fill(0);
+        return;
     }
     let largest = largest.largest();
     // Below this the inverse would overflow; such a block is nothing but zeros.
