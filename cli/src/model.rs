@@ -51,7 +51,9 @@ impl ModelArgs {
         };
         let bar = Bar::new();
         let progress = |done: u64, total: u64| bar.set("quantizing", done, total);
-        Model::open(&self.path, &LoadOptions { quantize, progress: Some(&progress) })
+        let model = Model::open(&self.path, &LoadOptions { quantize, progress: Some(&progress) })?;
+        output::warnings(&self.path, model.warnings());
+        Ok(model)
     }
 
     /// A session as the arguments say.

@@ -4,6 +4,8 @@
 //! [`plan()`] decides everything; [`run()`] does it in bounded memory, with the same bytes for any number of threads;
 //! [`verify()`] compares a finished file with its source.
 
+#![forbid(unsafe_code)]
+
 mod input;
 mod metadata;
 mod plan;

@@ -43,6 +43,14 @@ impl Matrix {
         Ok(Self { dtype, rows, cols, bytes })
     }
 
+    /// The map that the weights lie in, unless they are in memory.
+    pub fn map(&self) -> Option<&Map> {
+        match &self.bytes {
+            Bytes::Mapped(map, _) => Some(map),
+            Bytes::Owned(_) => None,
+        }
+    }
+
     /// The form that kernels take.
     pub fn view(&self) -> MatrixRef<'_> {
         MatrixRef { dtype: self.dtype, rows: self.rows, cols: self.cols, bytes: &self.bytes }

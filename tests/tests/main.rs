@@ -1,12 +1,12 @@
 //! One integration crate; each module is an area.
 #![allow(missing_docs)]
 
-mod checkpoint_malformed;
 mod codecs;
 mod convert;
 mod forward;
+mod fuzz_corpora;
 mod gguf_files;
-mod gguf_malformed;
+mod guard_pages;
 mod kernels;
 mod peers_formats;
 mod quality;

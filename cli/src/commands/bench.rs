@@ -59,6 +59,7 @@ pub fn run(args: &BenchArgs) -> Outcome {
         prefill_tok_s.push(rate(args.prompt, || session.prefill(&prompt))?);
         decode_tok_s.push(rate(args.n_tokens, || decode(&mut session, &mut tokens, args.n_tokens))?);
     }
+    model.check_unchanged()?;
     let runner = session.runner();
     let results = [
         ("prefill_tok_s", median(prefill_tok_s)),

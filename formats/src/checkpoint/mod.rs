@@ -9,6 +9,7 @@ mod header;
 mod index;
 
 pub use config::{Config, GenerationConfig};
+pub use header::safetensors_tensors;
 
 use crate::arch::{self, HyperParams};
 use crate::json::shorten;
