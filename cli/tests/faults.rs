@@ -5,6 +5,8 @@
 //! The faults are injected by strace (Debian's package of that name), so these tests are ignored unless asked for:
 //! `cargo test --release -p kestrel-cli --test faults -- --include-ignored`, as `.ci/run` does.
 
+#![allow(clippy::print_stdout)] // a test says how much it tried
+
 use kestrel_tests::bad_input::with_vocabulary;
 use kestrel_tests::checkpoint_builder::CheckpointBuilder;
 use kestrel_tests::temp_dir::TempDir;

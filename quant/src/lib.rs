@@ -3,7 +3,7 @@
 //! Opens no file. Everything here is a pure function of its input: the same numbers give the same bytes on every
 //! machine, whatever the instruction set or the number of threads.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod codec;
 pub mod error_measure;

@@ -19,11 +19,15 @@ FOLDER, KESTREL, GGUF_RS, RUST_READERS = (pathlib.Path(a) for a in sys.argv[1:5]
 SCRATCH = FOLDER / "scratch.npy"
 MEMORY_BYTES = 2 << 30
 CPU_SECONDS = 10
-WALL_SECONDS = 30
+WALL_SECONDS = 20
 
 CONTAINER = ("llama_cpp", "container", "holes", "paths")
 MODEL = ("llama_cpp", "container", "split", "model", "GGUF_tokenizer", "weights", "template")
+WITH_VOCABULARY = ("GGUF_tokenizer", "template")  # a server, which loads no model without one
 SAFETENSORS = ("safetensors",)
+
+
+os.environ["GGML_NO_BACKTRACE"] = "1"  # or every abort starts a debugger
 
 
 def limit():
@@ -127,7 +131,7 @@ def optional(name, read):
 READERS = [
     ("kestrel", MODEL, command(KESTREL, "logits", "FILE", "--tokens", "1,2", "-o", "SCRATCH")),
     *[("llama-cpp-python", MODEL, in_child(r)) for r in optional("llama_cpp", llama_cpp_python)],
-    *[("xllamacpp", MODEL, in_child(r)) for r in optional("xllamacpp", xllamacpp)],
+    *[("xllamacpp", WITH_VOCABULARY, in_child(r)) for r in optional("xllamacpp", xllamacpp)],
     ("kestrel, container", CONTAINER, command(KESTREL, "inspect", "FILE")),
     *[("gguf (Python)", CONTAINER, in_child(r)) for r in optional("gguf", gguf_py)],
     ("gguf-rs", CONTAINER, command(GGUF_RS, "read", "FILE")),

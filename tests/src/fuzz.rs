@@ -293,10 +293,8 @@ pub fn tokenizer_json(bytes: &[u8]) {
 pub fn tokenizer_text(bytes: &[u8]) {
     thread_local! {
         static TOKENIZER: Tokenizer = {
-            let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("data/tiny-falcon-mamba/tokenizer.json");
-            // A fuzzer runs where the repository may not be.
-            let json = std::fs::read(path).unwrap_or_else(|_| include_bytes!("../data/tiny-falcon-mamba/tokenizer.json").to_vec());
-            Tokenizer::new(&TokenizerData::from_json(&json, name()).expect("sound")).expect("sound")
+            let json = include_bytes!("../data/tiny-falcon-mamba/tokenizer.json");
+            Tokenizer::new(&TokenizerData::from_json(json, name()).expect("sound")).expect("sound")
         };
     }
     let Ok(text) = std::str::from_utf8(bytes) else { return };
