@@ -102,7 +102,7 @@ fn load_and_run(bytes: &[u8]) {
         let ids = tokenizer.encode("ab <s>\n", true).expect("ids");
         assert!(ids.iter().all(|&id| (id as usize) < model.hparams().vocab_size));
     }
-    let options = RunnerOptions { threads: 1, ..RunnerOptions::default() };
+    let options = RunnerOptions { threads: 1, chunk: 8, ..RunnerOptions::default() };
     let mut runner = Runner::new(&model, &options).expect("a runner");
     let mut logits = vec![0.0; model.hparams().vocab_size];
     runner.forward(&mut model.new_state(), &[0], &mut logits);
@@ -272,7 +272,7 @@ pub fn checkpoint_folder(bytes: &[u8]) {
         }
         let model = Model::from_checkpoint(&checkpoint, &Default::default());
         let Ok(model) = model else { return };
-        let options = RunnerOptions { threads: 1, ..RunnerOptions::default() };
+        let options = RunnerOptions { threads: 1, chunk: 8, ..RunnerOptions::default() };
         let mut logits = vec![0.0; model.hparams().vocab_size];
         Runner::new(&model, &options).expect("a runner").forward(&mut model.new_state(), &[0], &mut logits);
     });
@@ -368,19 +368,34 @@ fn columns(ty: GgmlType, data: &[u8]) -> usize {
     data.len() / ty.block_bytes() * ty.block_len()
 }
 
+/// Runs something on an instruction set; its buffers, which take longer to make than to use, are kept.
+fn on(isa: Isa, f: impl FnOnce(&mut Compute)) {
+    thread_local! {
+        static COMPUTE: RefCell<Vec<Compute>> = const { RefCell::new(Vec::new()) };
+    }
+    COMPUTE.with_borrow_mut(|all| {
+        let i = all.iter().position(|c| c.isa() == isa).unwrap_or_else(|| {
+            all.push(Compute::new(isa, 1, 9));
+            all.len() - 1
+        });
+        f(&mut all[i]);
+    });
+}
+
 /// A product of one row, or of a panel of equal rows, with some tokens.
 fn product(isa: Isa, ty: GgmlType, data: &[u8], x: &[f32], tokens: usize, precise: bool) -> Vec<u32> {
     let cols = columns(ty, data);
     let rows = if tokens > 1 { 17 } else { 1 };
     let kind = ActKind::for_weights(ty, precise);
-    let mut compute = Compute::new(isa, 1, tokens);
     let mut acts = Acts::with_capacity(tokens, cols);
     let all: Vec<f32> = x.iter().copied().cycle().take(tokens * cols).collect();
-    compute.norm(&all, &vec![1.0; cols], 1e-5, kind, &mut acts);
     let mut out = vec![0.5; rows * tokens];
     let weights = data.repeat(rows);
     let matrix = MatrixRef::new(ty, rows, cols, &weights).expect("whole blocks");
-    compute.matmul(&matrix, &acts, &mut out, Then::Add);
+    on(isa, |compute| {
+        compute.norm(&all, &vec![1.0; cols], 1e-5, kind, &mut acts);
+        compute.matmul(&matrix, &acts, &mut out, Then::Add);
+    });
     bits(&out)
 }
 
@@ -412,9 +427,8 @@ pub fn activations(bytes: &[u8]) {
     }
     let x = floats(&rest[..4 * cols], cols);
     let normed = |isa, kind| {
-        let mut compute = Compute::new(isa, 1, 1);
         let mut acts = Acts::with_capacity(1, cols);
-        compute.norm(&x, &vec![1.0; cols], 1e-5, kind, &mut acts);
+        on(isa, |compute| compute.norm(&x, &vec![1.0; cols], 1e-5, kind, &mut acts));
         acts.to_f32(0)
     };
     let (x, truth) = (normed(Isa::Scalar, ActKind::F32), normed(Isa::Scalar, kind));
