@@ -156,6 +156,11 @@ def cases(groups):
                 break
 
 
+HEAD = """
+| reader | files | of those to reject: rejects | accepts | crashes | hangs | of the sound ones: accepts | rejects | crashes, hangs |
+|---|---|---|---|---|---|---|---|---|"""
+
+
 def main():
     rows = []
     for name, groups, run in READERS:
@@ -167,16 +172,12 @@ def main():
             counts[expected, word] += 1
             if word in ("crashes", "hangs"):
                 odd.append(f"  {outcome}: {path.parent.name}")
-        print(f"{name}: {sum(counts.values())} files")
-        print("\n".join(odd), flush=True)
-        rows.append((name, counts))
-    print("\n| reader | files | of those to reject: rejects | accepts | crashes | hangs | of the sound ones: accepts | "
-          "rejects | crashes, hangs |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for name, c in rows:
-        bad = [c["reject", w] for w in ("rejects", "accepts", "crashes", "hangs")]
-        good = [c["accept", "accepts"], c["accept", "rejects"], c["accept", "crashes"] + c["accept", "hangs"]]
-        print(f"| {name} | {sum(c.values())} | " + " | ".join(map(str, bad + good)) + " |")
+        bad = [counts["reject", w] for w in ("rejects", "accepts", "crashes", "hangs")]
+        good = [counts["accept", w] for w in ("accepts", "rejects")]
+        good.append(counts["accept", "crashes"] + counts["accept", "hangs"])
+        rows.append(f"| {name} | {sum(counts.values())} | " + " | ".join(map(str, bad + good)) + " |")
+        print("\n".join([rows[-1], *odd]), flush=True)
+    print("\n".join([HEAD, *rows]))
 
 
 main()
