@@ -11,8 +11,9 @@ use kestrel_tests::bad_input::{Files, SMALL, table};
 use kestrel_tests::checkpoint_builder::{CheckpointBuilder, safetensors};
 use kestrel_tests::fuzz::{gguf_container, safetensors_header, state_file};
 
-/// Bytes of the files that are read: an interpreter is slow.
+/// Bytes of the files that are read, and which part of them: an interpreter is slow.
 const FILE_BYTES: usize = 2048;
+const ONE_OF: usize = if cfg!(miri) { 3 } else { 1 };
 
 #[test]
 fn small_gguf_files() {
@@ -21,7 +22,9 @@ fn small_gguf_files() {
         if let Files::Gguf(bytes) = &case.files
             && bytes.len() <= FILE_BYTES
         {
-            gguf_container(bytes);
+            if n % ONE_OF == 0 {
+                gguf_container(bytes);
+            }
             n += 1;
         }
     }
