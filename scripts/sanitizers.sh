@@ -29,12 +29,19 @@ address() {
         same_bits exact_sizes extreme_codes guard_pages::products fuzz_corpora
 }
 
-# Instruments the pool and everything that runs on it; the standard library too, or its own locks look like races.
+# Instruments the pool and everything that runs on threads: converting, verifying, generating. The standard library too,
+# or its own locks look like races. A race ends the program with an error.
 thread() {
-    RUSTFLAGS="-Zsanitizer=thread" cargo +nightly test --release --locked --target "$host" -Zbuild-std \
-        --target-dir "${CARGO_TARGET_DIR:-target}/thread" -p kestrel-runtime --lib -- pool chat
-    RUSTFLAGS="-Zsanitizer=thread" cargo +nightly test --release --locked --target "$host" -Zbuild-std \
-        --target-dir "${CARGO_TARGET_DIR:-target}/thread" -p kestrel-tests --test integration -- threads
+    local flags=(--release --locked --target "$host" -Zbuild-std --target-dir "${CARGO_TARGET_DIR:-target}/thread")
+    local kestrel="${CARGO_TARGET_DIR:-target}/thread/$host/release/kestrel" folder source=tests/data/tiny-falcon-mamba
+    export RUSTFLAGS="-Zsanitizer=thread"
+    cargo +nightly test "${flags[@]}" -p kestrel-runtime --lib -- pool chat::tests::published
+    cargo +nightly build "${flags[@]}" -p kestrel-cli
+    folder=$(mktemp -d)
+    "$kestrel" convert "$source" -o "$folder/m.gguf" --type q4_k_m --threads 4
+    "$kestrel" verify "$folder/m.gguf" --source "$source" --threads 4 >/dev/null
+    "$kestrel" run "$folder/m.gguf" -p "It was the best of times, it was the worst of times" -n 8 --temp 0 --threads 4
+    rm -r "$folder"
 }
 
 case ${1:-all} in
