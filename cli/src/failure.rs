@@ -38,13 +38,25 @@ pub fn catch_panics() {
     }));
 }
 
+/// Makes a mapped file that is truncated an error like any other, although nothing of this process can go on then.
+pub fn report_faults(format: ErrorFormat) -> kestrel_formats::Result<()> {
+    kestrel_formats::map::exit_on_fault(match format {
+        ErrorFormat::Text => |e| output::printable(&shown(e, ErrorFormat::Text)),
+        ErrorFormat::Json => |e| shown(e, ErrorFormat::Json),
+    })
+}
+
+fn shown(error: &Error, format: ErrorFormat) -> String {
+    match format {
+        ErrorFormat::Text => format!("error: {error}"),
+        ErrorFormat::Json => error.to_json().to_string(),
+    }
+}
+
 /// Reports a failure.
 pub fn exit_for(failure: Failure, format: ErrorFormat) -> ExitCode {
     let Failure::Error(error) = failure else { return ExitCode::SUCCESS };
-    match format {
-        ErrorFormat::Text => output::message(&format!("error: {error}")),
-        ErrorFormat::Json => output::message(&error.to_json().to_string()),
-    }
+    output::message(&shown(&error, format));
     ExitCode::from(error.kind().exit_status())
 }
 

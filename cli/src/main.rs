@@ -1,5 +1,7 @@
 //! The `kestrel` command line: arguments, progress and printing. The only crate that prints.
 
+#![forbid(unsafe_code)]
+
 mod args;
 mod chat;
 mod commands;
@@ -24,7 +26,7 @@ fn main() -> ExitCode {
         Err(e) => return failure::exit_for_clap(&e),
     };
     output::set_verbose(cli.verbose);
-    if let Err(e) = interrupt::install() {
+    if let Err(e) = interrupt::install().and_then(|()| failure::report_faults(cli.error_format)) {
         return failure::exit_for(e.into(), cli.error_format);
     }
     match catch_unwind(AssertUnwindSafe(|| commands::run(cli.command))) {

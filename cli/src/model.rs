@@ -78,7 +78,9 @@ impl<T: Args> ModelArgs<T> {
         let quantize = self.quantize();
         let bar = Bar::new();
         let progress = |done: u64, total: u64| bar.set("quantizing", done, total);
-        Model::open(&self.path, &LoadOptions { quantize, progress: Some(&progress) })
+        let model = Model::open(&self.path, &LoadOptions { quantize, progress: Some(&progress) })?;
+        output::warnings(&self.path, model.warnings());
+        Ok(model)
     }
 
     /// What becomes of the matrices at load.

@@ -5,6 +5,8 @@
 //! [`verify()`] compares a finished file with its source. [`plan_bnb()`] and [`run_bnb()`] write a checkpoint folder of
 //! bitsandbytes instead.
 
+#![forbid(unsafe_code)]
+
 mod bnb;
 mod input;
 mod metadata;

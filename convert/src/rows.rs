@@ -2,7 +2,7 @@
 
 use crate::input::{Input, InputTensor, PieceScales, row_bytes};
 use crate::stream::Piece;
-use kestrel_formats::arch::Transform;
+use kestrel_formats::arch::{Role, Transform};
 use kestrel_formats::{Error, ErrorKind, GgmlType, Result};
 use kestrel_quant::codec::{codec, dequantize};
 use kestrel_quant::isa::Isa;
@@ -73,6 +73,14 @@ impl Rows<'_> {
                 expand(first, bytes, &mut source);
                 return Err(self.not_finite(first, &source, floats));
             }
+            if self.tensor.spec.role == Role::SsmA
+                && let Some(i) = floats.iter().position(|x| *x > 0.0)
+            {
+                return Err(self
+                    .error(ErrorKind::OutOfRange, first + i)
+                    .expected("a negative number: a positive one lets the state grow without end")
+                    .found(floats[i]));
+            }
             f(first, bytes, floats)?;
         }
         Ok(())
@@ -131,8 +139,9 @@ impl Rows<'_> {
 
     /// Scales are f16, and so are the numbers of an F16 file: far beyond its range they become infinite.
     fn check_range(&self, first: usize, floats: &[f32], dtype: GgmlType, stored: &[u8]) -> Result<()> {
-        let f16_max = half::f16::MAX.to_f32();
-        if dtype == GgmlType::F32 || floats.iter().fold(0f32, |m, x| m.max(x.abs())) < f16_max {
+        // A fitted minimum can lie beyond every number of its block, though not by such a factor.
+        let safe = half::f16::MAX.to_f32() / 16.0;
+        if dtype == GgmlType::F32 || floats.iter().fold(0f32, |m, x| m.max(x.abs())) < safe {
             return Ok(());
         }
         let mut back = vec![0.0; floats.len()];

@@ -64,6 +64,8 @@ pub enum ErrorKind {
     NotFinite,
     /// A tokenizer that this project does not implement.
     UnsupportedTokenizer,
+    /// A chat template that does not render.
+    BadTemplate,
     /// A tensor differs from its source by more than its type allows.
     VerifyFailed,
     /// The output exists and `--force` was not given.

@@ -4,6 +4,8 @@
 //! Everything here treats its input as hostile. A [`gguf::Gguf`] or a [`checkpoint::Checkpoint`] that exists has
 //! been validated completely; nothing after it re-checks bounds, shapes or names. No weight is computed with here.
 
+#![deny(unsafe_code)]
+
 pub mod arch;
 pub mod atomic_file;
 pub mod atomic_folder;
@@ -14,6 +16,7 @@ pub mod gguf;
 pub mod imatrix;
 mod json;
 pub mod limits;
+#[allow(unsafe_code)] // the map, and the handler of its faults
 pub mod map;
 pub mod tokenizer;
 pub mod weight_type;

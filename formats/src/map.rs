@@ -1,10 +1,17 @@
-//! The memory map, the only `unsafe` of this crate.
+//! The memory map, and what happens when a mapped file changes. All `unsafe` of this crate is here.
+//!
+//! Touching a page of a map behind the end of its file, because the file was truncated meanwhile or cannot be read any
+//! more, raises SIGBUS. [`exit_on_fault`] makes that an error message and an exit status: the message is made when the
+//! file is mapped, so that the signal handler has only to find the map that the address belongs to, write the message
+//! and end the process.
 
 use crate::{Error, ErrorKind, Result};
 use std::fs::File;
 use std::ops::Deref;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock};
 
 /// A read-only map of a whole regular file, shared by whoever holds a clone.
 #[derive(Clone, Debug)]
@@ -13,35 +20,234 @@ pub struct Map(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     path: PathBuf,
-    map: memmap2::Mmap,
+    bytes: Bytes,
+}
+
+#[derive(Debug)]
+enum Bytes {
+    File { map: memmap2::Mmap, file: File, stamp: Stamp, slot: Option<usize> },
+    Memory(Vec<u8>),
 }
 
 impl Map {
     /// Maps `path`. Folders, pipes, devices and sockets are refused; an empty file is an empty map.
     pub fn open(path: &Path) -> Result<Self> {
         let file = open_regular(path)?;
+        let stamp = Stamp::of(&file, path)?;
         // SAFETY: the map is private and read-only. Its bytes are only ever read as bytes (any value is valid), so
         // another process that writes to the file can change results but not memory safety. Truncation by another
-        // process raises SIGBUS, which stops the process; documented in ARCHITECTURE.md.
+        // process raises SIGBUS, which stops the process, with a message if `exit_on_fault` was called.
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| Error::io(path, "mapping the file", e))?;
         // Decoding walks the whole file for every token: with pages of 4 KiB, the page tables cost a third of the
         // bandwidth. Advice only: where the system has no large pages for files, nothing changes.
         #[cfg(target_os = "linux")]
         let _ = map.advise(memmap2::Advice::HugePage);
-        Ok(Self(Arc::new(Inner { path: path.to_owned(), map })))
+        let slot = Slot::register(&map, path);
+        Ok(Self(Arc::new(Inner { path: path.to_owned(), bytes: Bytes::File { map, file, stamp, slot } })))
+    }
+
+    /// Bytes in memory in place of a file that `path` names in errors.
+    pub fn from_bytes(path: &Path, bytes: Vec<u8>) -> Self {
+        Self(Arc::new(Inner { path: path.to_owned(), bytes: Bytes::Memory(bytes) }))
     }
 
     /// The mapped file's path.
     pub fn path(&self) -> &Path {
         &self.0.path
     }
+
+    /// `Changed` if the mapped file was written to since it was mapped, as far as its size and time of modification
+    /// tell. One system call.
+    pub fn check_unmodified(&self) -> Result<()> {
+        let Bytes::File { file, stamp, .. } = &self.0.bytes else { return Ok(()) };
+        match Stamp::of(file, self.path())? == *stamp {
+            true => Ok(()),
+            false => Err(changed(self.path()).found("one that was written to meanwhile")),
+        }
+    }
+
+    /// As [`Self::check_unmodified`], and `Changed` if the path now leads to another file. In that case everything that
+    /// was read is right, but not what the path now stands for. A file that was only removed is no change.
+    pub fn check_unchanged(&self) -> Result<()> {
+        self.check_unmodified()?;
+        let Bytes::File { stamp, .. } = &self.0.bytes else { return Ok(()) };
+        let error = |found: &str| Err(changed(self.path()).found(found));
+        match std::fs::metadata(self.path()) {
+            Ok(now) if (now.dev(), now.ino()) != (stamp.device, stamp.inode) => {
+                error("another file in its place; what was read is the old one's")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether both are the same map, not only of the same file.
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+fn changed(path: &Path) -> Error {
+    Error::new(ErrorKind::Changed)
+        .file(path)
+        .what("mapped file")
+        .expected("the file that was opened, unchanged")
 }
 
 impl Deref for Map {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        &self.0.map
+        match &self.0.bytes {
+            Bytes::File { map, .. } => map,
+            Bytes::Memory(bytes) => bytes,
+        }
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // Before the map itself goes: its addresses may soon be somebody else's.
+        if let Bytes::File { slot: Some(slot), .. } = self.bytes {
+            Slot::release(slot);
+        }
+    }
+}
+
+/// What tells whether a file is still the same.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stamp {
+    device: u64,
+    inode: u64,
+    n_bytes: u64,
+    modified: (i64, i64),
+}
+
+impl Stamp {
+    fn of(file: &File, path: &Path) -> Result<Self> {
+        let meta = file.metadata().map_err(|e| Error::io(path, "reading the file's size", e))?;
+        Ok(Self {
+            device: meta.dev(),
+            inode: meta.ino(),
+            n_bytes: meta.size(),
+            modified: (meta.mtime(), meta.mtime_nsec()),
+        })
+    }
+}
+
+/// A map as the signal handler sees it. It is in use from the store of `end` to that of zero there.
+struct Slot {
+    start: AtomicUsize,
+    end: AtomicUsize,
+    /// Written to stderr; never freed.
+    message: AtomicPtr<String>,
+}
+
+/// Maps beyond these are not recognised by the handler; the largest split file has as many parts.
+const SLOTS: usize = 1024;
+/// `end` of a slot that is being filled.
+const RESERVED: usize = 1;
+
+static SLOT: [Slot; SLOTS] = [const {
+    Slot {
+        start: AtomicUsize::new(0),
+        end: AtomicUsize::new(0),
+        message: AtomicPtr::new(std::ptr::null_mut()),
+    }
+}; SLOTS];
+
+/// How the error of [`exit_on_fault`] is written.
+static RENDER: OnceLock<fn(&Error) -> String> = OnceLock::new();
+
+impl Slot {
+    /// Makes the handler know `map`; `None` if there is no handler or no room.
+    fn register(map: &[u8], path: &Path) -> Option<usize> {
+        let render = RENDER.get()?;
+        if map.is_empty() {
+            return None;
+        }
+        let error = changed(path).found("one that was truncated meanwhile, or that can no longer be read");
+        let range = map.as_ptr_range();
+        let free =
+            |s: &Slot| s.end.compare_exchange(0, RESERVED, Ordering::AcqRel, Ordering::Relaxed).is_ok();
+        let slot = SLOT.iter().position(free)?;
+        let Slot { start, end, message } = &SLOT[slot];
+        // A process maps few files, and a handler may be reading the message of any.
+        message.store(Box::leak(Box::new(render(&error) + "\n")), Ordering::Relaxed);
+        start.store(range.start as usize, Ordering::Relaxed);
+        end.store(range.end as usize, Ordering::Release);
+        Some(slot)
+    }
+
+    fn release(slot: usize) {
+        SLOT[slot].end.store(0, Ordering::Release);
+    }
+
+    /// The message of the map that holds an address.
+    fn message_for(address: usize) -> Option<&'static str> {
+        let slot = SLOT.iter().find(|s| {
+            // A map ends in the middle of its last page.
+            let end = s.end.load(Ordering::Acquire);
+            end > RESERVED && (s.start.load(Ordering::Relaxed)..=end | 0xffff).contains(&address)
+        })?;
+        // SAFETY: a filled slot's message is a leaked string.
+        unsafe { slot.message.load(Ordering::Relaxed).as_ref() }.map(String::as_str)
+    }
+}
+
+/// The handler that [`on_bus_error`] hands over to.
+static PREVIOUS: OnceLock<libc::sigaction> = OnceLock::new();
+
+/// From now on a fault in a map opened afterwards prints `render(error)` to stderr and ends the process with the exit
+/// status of [`ErrorKind::Changed`]. Other bus errors go where they went before. For binaries; call it once.
+///
+/// Errors: `Limit` if the system refuses the handler.
+pub fn exit_on_fault(render: fn(&Error) -> String) -> Result<()> {
+    if RENDER.set(render).is_err() {
+        return Ok(());
+    }
+    // SAFETY: zeroed is a valid `sigaction`; the calls get pointers to it and to nothing else. The handler only loads
+    // atomics and calls functions that are async-signal-safe.
+    let previous = unsafe {
+        let mut previous: libc::sigaction = std::mem::zeroed();
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = on_bus_error as *const () as usize;
+        // On the alternate stack that Rust gives every thread: the fault may happen on a nearly full one.
+        action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+        match libc::sigaction(libc::SIGBUS, &action, &mut previous) {
+            0 => Ok(previous),
+            _ => Err(std::io::Error::last_os_error()),
+        }
+    };
+    let previous = previous
+        .map_err(|e| Error::new(ErrorKind::Limit).what("handling faults in mapped files").found(e))?;
+    let _ = PREVIOUS.set(previous);
+    Ok(())
+}
+
+/// SIGBUS. Everything in it is async-signal-safe.
+extern "C" fn on_bus_error(signal: libc::c_int, info: *mut libc::siginfo_t, _context: *mut libc::c_void) {
+    // SAFETY: the kernel hands over a valid `siginfo_t`, which for a fault has an address.
+    let (sent, address) = unsafe { ((*info).si_code <= 0, (*info).si_addr() as usize) };
+    if sent {
+        // By a process, not by a fault: there is no instruction that would run into the next handler.
+        // SAFETY: both calls are async-signal-safe; the signal is delivered when this handler returns.
+        unsafe {
+            libc::signal(signal, libc::SIG_DFL);
+            libc::raise(signal);
+        }
+        return;
+    }
+    if let Some(message) = Slot::message_for(address) {
+        // SAFETY: a pointer and a length of one string; then the process ends without running anything else of it.
+        unsafe {
+            libc::write(libc::STDERR_FILENO, message.as_ptr().cast(), message.len());
+            libc::_exit(ErrorKind::Changed.exit_status().into());
+        }
+    }
+    // Not ours: the instruction that faulted runs again and meets the handler that was there before.
+    if let Some(previous) = PREVIOUS.get() {
+        // SAFETY: the action that an earlier call returned.
+        unsafe { libc::sigaction(signal, previous, std::ptr::null_mut()) };
     }
 }
 

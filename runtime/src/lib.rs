@@ -1,9 +1,14 @@
 //! Runs a model from its mapped file: kernels, state, forward pass, tokenizer, sampler and session. Writes no file.
 
+#![deny(unsafe_code)]
+
+#[allow(unsafe_code)] // SIMD, and numbers that threads share
 pub mod kernels;
+#[allow(unsafe_code)] // a job that outlives no fork
 pub mod pool;
 
 pub mod batch;
+pub mod chat;
 pub mod evaluate;
 pub mod forward;
 mod load;

@@ -55,9 +55,13 @@ impl Model {
 
     /// A model that executes the file's own bytes.
     pub fn from_gguf(file: &Gguf) -> Result<Self> {
-        let (hparams, tied) = gguf::hyperparams_from_gguf(file)?;
+        let facts = gguf::model_of(file)?;
         let tokenizer = TokenizerData::from_gguf(file)?;
-        Self::build(file.path(), hparams, tied, tokenizer, &GgufSource { file })
+        let mut warnings = [file.warnings(), &facts.warnings].concat();
+        warnings.extend(tokenizer.iter().flat_map(|t| &t.warnings).cloned());
+        warnings.extend(file_type_warning(file));
+        let source = GgufSource { file };
+        Ok(Self::build(file.path(), facts.hparams, facts.tied, tokenizer, &source)?.with_warnings(warnings))
     }
 
     /// A model that executes the shards' own bytes, or a quantized copy in memory.
@@ -71,8 +75,23 @@ impl Model {
             n_read: AtomicU64::new(0),
             n_total: checkpoint.tensors().iter().map(SourceTensor::n_bytes).sum(),
         };
-        Self::build(checkpoint.dir(), hparams, checkpoint.tied(), checkpoint.tokenizer().cloned(), &source)
+        let tokenizer = checkpoint.tokenizer().cloned();
+        let model = Self::build(checkpoint.dir(), hparams, checkpoint.tied(), tokenizer, &source)?;
+        Ok(model.with_warnings(checkpoint.warnings().to_vec()))
     }
+}
+
+/// If `general.file_type` names a type that no tensor has, although some could.
+fn file_type_warning(file: &Gguf) -> Option<String> {
+    let id = file.metadata().u32("general.file_type").ok()??;
+    let named = FileType::all().find(|t| t.id() == id)?;
+    let fits = |t: &gguf::TensorInfo| {
+        t.shape.len() == 2 && t.shape.last().is_some_and(|&cols| named.base().bytes_for(cols).is_some())
+    };
+    let (some_fits, some_has) =
+        (file.tensors().iter().any(fits), file.tensors().iter().any(|t| t.dtype == named.base()));
+    (some_fits && !some_has)
+        .then(|| format!("general.file_type is {} but no tensor is {}", named.name(), named.base()))
 }
 
 /// (rows, cols) of a matrix in the table.

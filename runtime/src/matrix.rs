@@ -104,6 +104,14 @@ impl Matrix {
         Ok(Self { dtype, rows, cols, bytes, scales })
     }
 
+    /// The map that the weights lie in, unless they are in memory.
+    pub fn map(&self) -> Option<&Map> {
+        match &self.bytes {
+            Bytes::Mapped(map, _) => Some(map),
+            Bytes::Owned(_) => None,
+        }
+    }
+
     /// The form that kernels take.
     pub fn view(&self) -> MatrixRef<'_> {
         let scales = self.scales.as_ref().map(Scales::view);

@@ -4,6 +4,7 @@ use crate::matrix::{Floats, Matrix};
 use crate::state::{State, StateShape, checksum};
 use kestrel_formats::Result;
 use kestrel_formats::arch::{HyperParams, Role};
+use kestrel_formats::map::Map;
 use kestrel_formats::tokenizer::TokenizerData;
 use std::path::{Path, PathBuf};
 
@@ -40,6 +41,9 @@ pub struct Model {
     pub(crate) output_norm: Floats,    // (d_model)
     pub(crate) output: Option<Matrix>, // (vocab, d_model); tied to token_embd if absent
     tokenizer: Option<TokenizerData>,
+    warnings: Vec<String>,
+    /// Each file that weights are executed from.
+    maps: Vec<Map>,
     fingerprint: u64,
 }
 
@@ -54,7 +58,7 @@ impl Model {
         let layers = (0..hparams.n_layer).map(|i| Layer::load(source, i)).collect::<Result<Vec<_>>>()?;
         let output_norm = source.floats(Role::OutputNorm, 0)?;
         let fingerprint = fingerprint(&output_norm, &layers);
-        Ok(Self {
+        let mut model = Self {
             path: path.to_owned(),
             token_embd: source.matrix(Role::TokenEmbd, 0)?,
             output: (!tied).then(|| source.matrix(Role::Output, 0)).transpose()?,
@@ -62,8 +66,29 @@ impl Model {
             layers,
             output_norm,
             tokenizer,
+            warnings: Vec::new(),
+            maps: Vec::new(),
             fingerprint,
-        })
+        };
+        let mut maps: Vec<Map> = Vec::new();
+        for map in model.matrices().filter_map(|(_, m)| m.map()) {
+            if !maps.iter().any(|known| known.is(map)) {
+                maps.push(map.clone());
+            }
+        }
+        model.maps = maps;
+        Ok(model)
+    }
+
+    /// `Changed` if a file that weights are executed from was written to since it was opened. Costs a system call per
+    /// file.
+    pub fn check_unmodified(&self) -> Result<()> {
+        self.maps.iter().try_for_each(Map::check_unmodified)
+    }
+
+    /// As [`Self::check_unmodified`], and `Changed` if another file has taken the place of one.
+    pub fn check_unchanged(&self) -> Result<()> {
+        self.maps.iter().try_for_each(Map::check_unchanged)
     }
 
     /// The file or folder that the model came from.
@@ -79,6 +104,15 @@ impl Model {
     /// The vocabulary as read, if there is one.
     pub fn tokenizer_data(&self) -> Option<&TokenizerData> {
         self.tokenizer.as_ref()
+    }
+
+    /// What is odd about the file or folder and yet no reason to refuse it.
+    pub fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    pub(crate) fn with_warnings(self, warnings: Vec<String>) -> Self {
+        Self { warnings, ..self }
     }
 
     /// A number that two models share if they come from the same weights, quantized or not.

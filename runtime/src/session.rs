@@ -42,6 +42,12 @@ pub struct GenerateOptions {
     pub ignore_end: bool,
 }
 
+/// Whether no number is NaN or infinite: the sum of the products with 0 is 0 only then. Without a branch, so that it
+/// costs nothing beside the logits themselves.
+fn all_finite(x: &[f32]) -> bool {
+    x.chunks(64).all(|x| x.iter().map(|x| x * 0.0).sum::<f32>() == 0.0)
+}
+
 impl<'m> Session<'m> {
     /// A session with an empty state. Errors: an instruction set that this machine lacks.
     pub fn new(model: &'m Model, options: &RunnerOptions) -> Result<Self> {
@@ -50,18 +56,29 @@ impl<'m> Session<'m> {
     }
 
     /// Consumes `tokens`; afterwards [`Self::logits`] are those of the last one. Errors: a token outside the
-    /// vocabulary, before anything is consumed.
+    /// vocabulary, before anything is consumed; `NotFinite` if the logits hold a NaN or an infinity, which sound
+    /// weights do not lead to; `Changed` if the model's file was written to meanwhile.
     pub fn prefill(&mut self, tokens: &[u32]) -> Result<()> {
         self.check(tokens)?;
         self.runner.forward(&mut self.state, tokens, &mut self.logits);
-        Ok(())
+        self.model.check_unmodified()?;
+        match all_finite(&self.logits) {
+            true => Ok(()),
+            false => Err(self.not_finite()),
+        }
     }
 
-    /// Consumes `tokens` and calls `each(position, logits)` with the logits (vocab) after every one of them.
+    /// Consumes `tokens` and calls `each(position, logits)` with the logits (vocab) after every one of them. Errors:
+    /// as [`Self::prefill`].
     pub fn prefill_with_logits(&mut self, tokens: &[u32], mut each: impl FnMut(usize, &[f32])) -> Result<()> {
         self.check(tokens)?;
-        self.runner.forward_all(&mut self.state, tokens, &mut |i, logits| each(i, logits));
-        Ok(())
+        let mut finite = true;
+        self.runner.forward_all(&mut self.state, tokens, &mut |i, logits| {
+            finite &= all_finite(logits);
+            each(i, logits);
+        });
+        self.model.check_unmodified()?;
+        if finite { Ok(()) } else { Err(self.not_finite()) }
     }
 
     /// The logits (vocab) after the last prefilled or generated token.
@@ -123,6 +140,15 @@ impl<'m> Session<'m> {
         }
         let _ = each(None, &text.finish());
         Ok(stop)
+    }
+
+    fn not_finite(&self) -> Error {
+        Error::new(ErrorKind::NotFinite)
+            .file(self.model.path())
+            .what("logits")
+            .expected("finite numbers")
+            .found("NaN or an infinity")
+            .hint("the weights are damaged; `kestrel verify` finds where")
     }
 
     fn check(&self, tokens: &[u32]) -> Result<()> {

@@ -3,6 +3,7 @@
 
 use crate::temp_dir::TempDir;
 use serde_json::{Map, Value, json};
+use std::path::{Path, PathBuf};
 
 /// A tensor of a safetensors file. Its data is zeros.
 #[derive(Clone)]
@@ -121,6 +122,10 @@ impl CheckpointBuilder {
 
     /// Writes everything but the weights.
     pub fn write_json(&self, dir: &TempDir) {
+        self.write_json_to(dir.path());
+    }
+
+    fn write_json_to(&self, dir: &Path) {
         let parts = [
             ("config.json", Some(&self.config)),
             ("generation_config.json", self.generation.as_ref()),
@@ -129,7 +134,7 @@ impl CheckpointBuilder {
         ];
         for (name, value) in parts {
             if let Some(value) = value {
-                dir.file(name, value.to_string().as_bytes());
+                std::fs::write(dir.join(name), value.to_string()).expect("writing a checkpoint");
             }
         }
     }
@@ -137,15 +142,32 @@ impl CheckpointBuilder {
     /// Writes the folder with one shard.
     pub fn write(&self) -> TempDir {
         let dir = TempDir::new();
-        self.write_json(&dir);
-        dir.file("model.safetensors", &safetensors(&self.tensors));
+        self.write_into(&dir);
         dir
+    }
+
+    /// Writes the folder with one shard into an empty one, whose path is returned.
+    pub fn write_into(&self, dir: &TempDir) -> PathBuf {
+        self.write_to(dir.path());
+        dir.path().to_owned()
+    }
+
+    /// Writes everything with one shard.
+    pub fn write_to(&self, dir: &Path) {
+        self.write_json_to(dir);
+        std::fs::write(dir.join("model.safetensors"), safetensors(&self.tensors)).expect("writing a shard");
     }
 
     /// Writes the folder with two shards, `a.safetensors` and `b.safetensors`, and the given index if any.
     pub fn write_two(&self, index: Option<Value>) -> TempDir {
         let dir = TempDir::new();
-        self.write_json(&dir);
+        self.write_two_into(&dir, index);
+        dir
+    }
+
+    /// As [`Self::write_two`], into an empty folder, whose path is returned.
+    pub fn write_two_into(&self, dir: &TempDir, index: Option<Value>) -> PathBuf {
+        self.write_json(dir);
         let (a, b) = self.tensors.split_at(6);
         dir.file("a.safetensors", &safetensors(a));
         dir.file("b.safetensors", &safetensors(b));
@@ -153,7 +175,20 @@ impl CheckpointBuilder {
             "model.safetensors.index.json",
             index.unwrap_or_else(|| self.index()).to_string().as_bytes(),
         );
-        dir
+        dir.path().to_owned()
+    }
+
+    /// Gives every element of a 16-bit tensor these bytes in a shard written by [`Self::write_to`].
+    pub fn fill(&self, name: &str, element: [u8; 2], shard: &Path) {
+        let mut bytes = std::fs::read(shard).expect("a shard");
+        let before = self.tensors.iter().take_while(|t| t.name != name);
+        let data = self.tensors.iter().map(RawTensor::n_bytes).sum::<u64>() as usize;
+        let start = bytes.len() - data + before.map(RawTensor::n_bytes).sum::<u64>() as usize;
+        let tensor = self.tensors.iter().find(|t| t.name == name).expect("a tensor of the checkpoint");
+        bytes[start..start + tensor.n_bytes() as usize]
+            .chunks_exact_mut(2)
+            .for_each(|x| x.copy_from_slice(&element));
+        std::fs::write(shard, bytes).expect("writing a shard");
     }
 
     /// The correct index of [`Self::write_two`].

@@ -76,12 +76,36 @@ on_every_isa!(
     mixer,
     mixer_in_chunks,
     exact_sizes,
+    not_finite_activations,
     same_bits
 );
 
 /// The bits, those of every NaN the same.
 fn bits(x: &[f32]) -> Vec<u32> {
     x.iter().map(|x| if x.is_nan() { f32::NAN.to_bits() } else { x.to_bits() }).collect()
+}
+
+/// A NaN or an infinity among the activations comes out of every product as NaN: quantizing does not hide it.
+fn not_finite_activations(isa: Isa) {
+    for ty in GgmlType::all() {
+        let cols = 512;
+        let (bytes, _) = weights(ty, 17, cols, 3);
+        let matrix = MatrixRef::new(ty, 17, cols, &bytes).unwrap();
+        for (at, odd) in [(0, f32::NAN), (31, f32::INFINITY), (300, f32::NAN), (511, f32::NEG_INFINITY)] {
+            for tokens in [1, 9] {
+                let mut x = Random::new(4).floats(tokens * cols);
+                x[at] = odd;
+                let mut c = Compute::new(isa, 1, 16);
+                let mut acts = Acts::with_capacity(tokens, cols);
+                c.norm(&x, &vec![1.0; cols], 1e-5, ActKind::for_weights(ty, false), &mut acts);
+                let mut out = vec![0.0; tokens * 17];
+                c.matmul(&matrix, &acts, &mut out, Then::Store);
+                let (first, others) = out.split_at(17);
+                assert!(first.iter().all(|y| y.is_nan()), "{} {ty}, {odd} at {at}: {first:?}", isa.name());
+                assert!(others.iter().all(|y| y.is_finite()), "{} {ty}, {odd} at {at}", isa.name());
+            }
+        }
+    }
 }
 
 /// Every result is that of plain Rust, to the bit: products of all types with few and many tokens, the functions, the

@@ -3,12 +3,12 @@
 
 mod batch;
 mod bitsandbytes;
-mod checkpoint_malformed;
 mod codecs;
 mod convert;
 mod forward;
+mod fuzz_corpora;
 mod gguf_files;
-mod gguf_malformed;
+mod guard_pages;
 mod kernels;
 mod peers_formats;
 mod quality;

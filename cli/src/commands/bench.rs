@@ -145,6 +145,7 @@ impl Measured {
             run.rss_anon_bytes = run.rss_anon_bytes.max(kib_line("/proc/self/status", "RssAnon:"));
             run.rss_file_bytes = run.rss_file_bytes.max(kib_line("/proc/self/status", "RssFile:"));
         }
+        model.check_unchanged()?;
         Ok(run)
     }
 

@@ -60,6 +60,7 @@ pub fn run(args: &LogitsArgs) -> Outcome {
         }
     })?;
     written?;
+    model.check_unchanged()?;
     npy.finish()?;
     output::note(&format!("{}: f32 ({}, {vocab_size})", target.display(), tokens.len()));
     Ok(())

@@ -81,6 +81,7 @@ pub fn run(args: &PerplexityArgs) -> Outcome {
             tokens.len() / extent.n_ctx
         ));
     }
+    model.check_unchanged()?;
     if let Base::Save(writer) = evaluation.base {
         writer.finish()?;
         evaluation.base = Base::None;

@@ -8,6 +8,7 @@ use crate::{files, interrupt, output};
 use clap::Args;
 use kestrel_formats::atomic_file::{AtomicFile, check_target};
 use kestrel_formats::{Error, ErrorKind, Result};
+use kestrel_runtime::Model;
 use kestrel_runtime::State;
 use kestrel_runtime::sampler::{Sampler, SamplerOptions};
 use kestrel_runtime::session::{GenerateOptions, Session};
@@ -36,7 +37,7 @@ pub struct RunArgs {
     #[arg(short, long = "n-tokens", value_name = "N", default_value_t = 256)]
     n_tokens: u32,
 
-    /// The text is a message of a user; put the model's chat markers (ChatML only) around it
+    /// The text is a message of a user; put around it what the model's chat template says, or ChatML
     #[arg(long, conflicts_with = "no_parse_special")]
     chat: bool,
 
@@ -121,7 +122,7 @@ pub fn run(args: &RunArgs) -> Outcome {
     let text = files::text(&args.text)?;
     let model = args.model.open()?;
     let tokenizer = model.tokenizer()?;
-    let tokens = args.encode(&tokenizer, &text)?;
+    let tokens = args.encode(&model, &tokenizer, &text)?;
     let mut session = args.model.session(&model)?;
     if let Some(path) = &args.states.load_state {
         session.set_state(read_state(path, &session)?)?;
@@ -135,6 +136,7 @@ pub fn run(args: &RunArgs) -> Outcome {
     tokens.iter().for_each(|&t| sampler.accept(t));
     let prefill_s = started.elapsed().as_secs_f64();
     let n_generated = args.generate(&mut session, &mut sampler, &tokenizer)?;
+    model.check_unchanged()?;
     let generate_s = started.elapsed().as_secs_f64() - prefill_s;
     output::note(&format!(
         "read {} tokens at {:.1} tok/s, wrote {n_generated} at {:.1} tok/s",
@@ -149,14 +151,15 @@ pub fn run(args: &RunArgs) -> Outcome {
 }
 
 impl RunArgs {
-    fn encode(&self, tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
-        // A state has its beginning behind it.
-        let bos = tokenizer.prompt_bos().filter(|_| self.states.load_state.is_none());
-        let mut tokens: Vec<u32> = bos.into_iter().collect();
-        tokens.extend(match self.chat {
-            true => chat::user_turn(tokenizer, text)?,
+    fn encode(&self, model: &Model, tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>> {
+        let encoded = match self.chat {
+            true => chat::user_turn(model, tokenizer, text)?,
             false => tokenizer.encode(text, !self.no_parse_special)?,
-        });
+        };
+        // A state has its beginning behind it, and a chat template may have written the token itself.
+        let bos = tokenizer.prompt_bos().filter(|_| self.states.load_state.is_none());
+        let bos = bos.filter(|bos| !(self.chat && encoded.first() == Some(bos)));
+        let tokens: Vec<u32> = bos.into_iter().chain(encoded).collect();
         if tokens.is_empty() {
             return Err(Error::new(ErrorKind::Usage)
                 .what("text")

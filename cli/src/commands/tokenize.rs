@@ -33,7 +33,9 @@ pub struct TokenizeArgs {
 }
 
 pub fn run(args: &TokenizeArgs) -> Outcome {
-    let tokenizer = Tokenizer::new(&tokenizer_data(&args.model)?)?;
+    let data = tokenizer_data(&args.model)?;
+    output::warnings(&args.model, &data.warnings);
+    let tokenizer = Tokenizer::new(&data)?;
     let ids = tokenizer.encode(&files::text(&args.text)?, !args.no_parse_special)?;
     output::json(&ids.into())
 }

@@ -16,6 +16,7 @@ use safetensors::Dtype;
 use safetensors::tensor::TensorInfo;
 use serde::de::{self, DeserializeSeed, Deserializer, IntoDeserializer, MapAccess, SeqAccess, Visitor};
 use std::fmt;
+use std::path::Path;
 
 /// The length field in front of the header.
 const LENGTH_BYTES: u64 = 8;
@@ -40,12 +41,25 @@ pub(super) fn read(opened: &Opened) -> Result<Header> {
     let header_bytes = header_length(start, *n_bytes).map_err(|e| e.file(path))?;
     let mut header = vec![0; header_bytes as usize];
     read_exact_at(file, path, LENGTH_BYTES, &mut header)?;
+    parse(&header, *n_bytes, path)
+}
+
+/// Validates the JSON of a header of a file of `file_bytes`.
+fn parse(header: &[u8], file_bytes: u64, path: &Path) -> Result<Header> {
     let fault = Fault::default();
-    let mut parsed = fault.parse(&header, path, LENGTH_BYTES, HeaderSeed { fault: &fault })?;
-    parsed.data_start = LENGTH_BYTES + header_bytes;
+    let mut parsed = fault.parse(header, path, LENGTH_BYTES, HeaderSeed { fault: &fault })?;
+    parsed.data_start = LENGTH_BYTES + header.len() as u64;
     check_names(&parsed.tensors).map_err(|e| e.file(path))?;
-    check_extents(&parsed, *n_bytes).map_err(|e| e.file(path))?;
+    check_extents(&parsed, file_bytes).map_err(|e| e.file(path))?;
     Ok(parsed)
+}
+
+/// The tensors of a whole safetensors file in memory, as its header lists them. `path` names it in errors.
+pub fn safetensors_tensors(file: &[u8], path: &Path) -> Result<Vec<(String, TensorInfo)>> {
+    let header_bytes =
+        header_length(&file[..file.len().min(512)], file.len() as u64).map_err(|e| e.file(path))?;
+    let header = file.get(LENGTH_BYTES as usize..).and_then(|rest| rest.get(..header_bytes as usize));
+    parse(header.unwrap_or_default(), file.len() as u64, path).map(|header| header.tensors)
 }
 
 /// Bytes of the header, from the first bytes of the file.

@@ -12,6 +12,7 @@ pub mod write;
 
 pub use bitsandbytes::{Declared, Nested, QuantState};
 pub use config::{Config, GenerationConfig};
+pub use header::safetensors_tensors;
 
 use crate::arch::{self, HyperParams, Storage};
 use crate::json::shorten;

@@ -27,6 +27,13 @@ impl TokenizerData {
         Self::read(folder, ids)
     }
 
+    /// The tokenizer of a tokenizer.json without the files that usually lie beside it. `path` names it in errors.
+    pub fn from_json(bytes: &[u8], path: &Path) -> Result<Self> {
+        let file = json_model::parse(bytes, path)?;
+        let siblings = Siblings { config: Map::new(), special: Map::new(), jinja: None };
+        build(file, siblings, &GenerationConfig::default()).map_err(|e| e.file(path))
+    }
+
     fn read(folder: &Folder, ids: &GenerationConfig) -> Result<Option<Self>> {
         let Some((path, bytes)) = folder.read("tokenizer.json", TOKENIZER_BYTES_MAX)? else {
             return Ok(None);

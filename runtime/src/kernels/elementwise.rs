@@ -102,9 +102,18 @@ unsafe fn put_columns<L: Lanes>(
 
 #[inline(always)]
 unsafe fn quantize_block<L: Lanes>(block: BlockMut<'_>, load: impl Fn(usize) -> L) {
-    let mut largest = L::splat(0.0);
+    let (mut largest, mut not_finite) = (L::splat(0.0), L::splat(0.0));
     for i in 0..block.len() / LANES {
-        largest = load(i * LANES).abs().at_least(largest);
+        let x = load(i * LANES);
+        largest = x.abs().at_least(largest);
+        not_finite = x.mul_add(L::splat(0.0), not_finite); // NaN as soon as one number is not finite
+    }
+    if not_finite.sum() != 0.0 {
+        // The block stands for NaN, so that what went wrong is seen at the end and not rounded away.
+        block.put_scale(f32::NAN);
+        (0..block.len() / LANES).for_each(|i| block.put_codes(i, &[0; LANES], 0));
+        (0..block.len() / 32).for_each(|i| block.put_sum32(i, 0));
+        return;
     }
     let largest = largest.largest();
     // Below this the inverse would overflow; such a block is nothing but zeros.

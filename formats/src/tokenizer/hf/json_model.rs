@@ -2,7 +2,7 @@
 //! is small and becomes JSON values.
 
 use crate::json::{Fault, Strict, describe, duplicate_key};
-use crate::limits::{MERGES_MAX, VOCAB_MAX};
+use crate::limits::{MERGES_MAX, TOKENIZER_BYTES_MAX, VOCAB_MAX};
 use crate::{Error, ErrorKind, Result};
 use serde::de::{DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
@@ -32,11 +32,22 @@ pub(super) struct Model {
 #[derive(Default)]
 pub(super) struct Merges {
     text: String,
-    /// End of each merge in `text`, and the length of its left half if it was written as a pair.
-    ends: Vec<(usize, Option<usize>)>,
+    /// End of each merge in `text`, and the length of its left half if it was written as a pair, else [`Self::TEXT`].
+    /// 32 bits, because a merge can be as short as three bytes of the file, which has at most [`TOKENIZER_BYTES_MAX`].
+    ends: Vec<(u32, u32)>,
 }
 
+const _: () = assert!(TOKENIZER_BYTES_MAX < u32::MAX as u64);
+
 impl Merges {
+    /// In place of a length: the merge was written as one text.
+    const TEXT: u32 = u32::MAX;
+
+    /// Ends a merge whose text was appended.
+    fn end(&mut self, left: u32) {
+        self.ends.push((self.text.len() as u32, left));
+    }
+
     pub(super) fn len(&self) -> usize {
         self.ends.len()
     }
@@ -45,9 +56,9 @@ impl Merges {
     pub(super) fn iter(&self) -> impl Iterator<Item = (&str, Option<usize>)> {
         let mut start = 0;
         self.ends.iter().map(move |&(end, left)| {
-            let text = self.text.get(start..end).unwrap_or_default();
-            start = end;
-            (text, left)
+            let text = self.text.get(start..end as usize).unwrap_or_default();
+            start = end as usize;
+            (text, (left != Self::TEXT).then_some(left as usize))
         })
     }
 }
@@ -206,7 +217,7 @@ impl<'de> Visitor<'de> for MergeSeed<'_> {
 
     fn visit_str<E>(self, text: &str) -> Parsed<(), E> {
         self.merges.text.push_str(text);
-        self.merges.ends.push((self.merges.text.len(), None));
+        self.merges.end(Merges::TEXT);
         Ok(())
     }
 
@@ -224,7 +235,7 @@ impl<'de> Visitor<'de> for MergeSeed<'_> {
             let error = Error::new(ErrorKind::BadJson).what(format!("merge {n}")).expected("two pieces");
             return Err(self.fault.raise(error.found(pieces)));
         }
-        self.merges.ends.push((self.merges.text.len(), Some(left)));
+        self.merges.end(left as u32);
         Ok(())
     }
 }
