@@ -441,7 +441,7 @@ fn damage_between_writing_and_reading_back_is_noticed() {
         let zeros = vec![0u8; 3 << 20];
         std::os::unix::fs::FileExt::write_all_at(&file, &zeros, 1 << 20).unwrap();
     });
-    let err = done.err().expect("an error");
+    let err = done.expect_err("an error");
     assert_eq!(err.kind(), ErrorKind::Io);
     assert!(err.to_string().contains("when read back"), "{err}");
     assert!(names_in(&dir).is_empty(), "{:?}", names_in(&dir));

@@ -41,9 +41,9 @@ impl ActKind {
 ///
 /// Beside the codes it keeps their sums, which weights with a minimum and codes with an offset need.
 ///
-/// Floats, and codes of few tokens, are [token][column]. From [`INT_PANEL_TOKENS`] on, sixteen tokens are interleaved
-/// so that a vector holds the same four columns of all of them: codes [token / 16][column / 4][16][4], scales
-/// [token / 16][block][16], sums [token / 16][sub-block][16]. What the last group has beyond the last token means
+/// Floats, and codes of few tokens, are `[token][column]`. From eight tokens on, sixteen are interleaved so that a
+/// vector holds the same four columns of all of them: codes `[token / 16][column / 4][16][4]`, scales
+/// `[token / 16][block][16]`, sums `[token / 16][sub-block][16]`. What the last group has beyond the last token means
 /// nothing.
 pub struct Acts {
     kind: ActKind,

@@ -204,6 +204,7 @@ impl Compute {
 
     /// x, z := in_proj · `acts`; u := silu(conv(x) + bias). Leaves u in `mixer.u` and, as `kind`, in `u_acts`; z in
     /// `mixer.z`. `segments` say whose tokens these are; of their states `layer_index` is used.
+    #[allow(clippy::too_many_arguments)] // weights, inputs, states, outputs
     pub fn in_proj(
         &mut self,
         layer: &InProj<'_>,
