@@ -156,11 +156,13 @@ unsafe fn rows<F: Format, const G: usize>(
             let mut sums = *floats;
             for sub in subs.clone() {
                 let at = k0 + sub * F::SUB;
-                let dots: [[__m512i; G]; R] = std::array::from_fn(|row| {
-                    std::array::from_fn(|j| {
-                        _mm512_loadu_si512(tile(panel, sub - sub0, j).add((i * R + row) * LANES).cast())
-                    })
-                });
+                let mut dots = [[_mm512_setzero_si512(); G]; R];
+                for (row, dots) in dots.iter_mut().enumerate() {
+                    for (j, dots) in dots.iter_mut().enumerate() {
+                        let from = tile(panel, sub - sub0, j).add((i * R + row) * LANES);
+                        *dots = _mm512_loadu_si512(from.cast());
+                    }
+                }
                 scale::<F, R, G>(panel, acts, r + i * R, at, sub, &dots, &mut sums);
                 if ends_block::<F>(sub) {
                     close::<F, R, G>(panel, acts, r + i * R, g, at, &mut sums);

@@ -89,7 +89,11 @@ unsafe fn tile<F: Format, const R: usize, const G: usize>(
         let x: [*const i8; G] =
             std::array::from_fn(|j| acts[j].codes[at * LANES..][..F::SUB * LANES].as_ptr());
         for k in (0..F::SUB).step_by(4) {
-            let x: [__m512i; G] = std::array::from_fn(|j| _mm512_loadu_si512(x[j].add(k * LANES).cast()));
+            let mut at_k = [_mm512_setzero_si512(); G];
+            for j in 0..G {
+                at_k[j] = _mm512_loadu_si512(x[j].add(k * LANES).cast());
+            }
+            let x = at_k;
             for i in 0..R {
                 let w = _mm512_set1_epi32(codes.add(i * STRIDE + k).cast::<i32>().read_unaligned());
                 for j in 0..G {

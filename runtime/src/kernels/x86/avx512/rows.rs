@@ -236,19 +236,28 @@ unsafe fn large_product<F: Wide, const T: usize>(
     let mut sums = [LargeSums { products: [[zero; FOUR]; T], mins: [[zero; 2]; T] }; GROUPS];
     for b in 0..job.weights.cols / 256 {
         fetch(next.wrapping_add(b * ROWS * F::BYTES), ROWS * F::BYTES);
-        let x: [X; T] = std::array::from_fn(|i| F::x(job.acts.codes(t + i).as_ptr().add(256 * b)));
-        let scale: [__m128; T] = std::array::from_fn(|i| _mm_set1_ps(job.acts.scales(t + i)[b]));
-        let x_sums: [__m512i; T] = std::array::from_fn(|i| match F::HAS_MINS {
-            true => x_sums::<F>(job, t + i, b),
-            false => _mm512_setzero_si512(),
-        });
+        // Loops rather than closures: those do not inherit the instruction set, and may be called instead of inlined.
+        let mut x = [X { codes: [_mm512_setzero_si512(); 4], extra: [_mm512_setzero_si512(); 4] }; T];
+        let (mut scale, mut sums_of_x) = ([_mm_setzero_ps(); T], [_mm512_setzero_si512(); T]);
+        for i in 0..T {
+            x[i] = F::x(job.acts.codes(t + i).as_ptr().add(256 * b));
+            scale[i] = _mm_set1_ps(job.acts.scales(t + i)[b]);
+            if F::HAS_MINS {
+                sums_of_x[i] = x_sums::<F>(job, t + i, b);
+            }
+        }
+        let x_sums = sums_of_x;
         for g in 0..GROUPS {
             let p = rows[g].map(|row| row.add(b * F::BYTES));
             let Head { scales, mins, d, dmin } = F::head(&p);
             let factors = in_memory(scale.map(|scale| _mm_mul_ps(d, scale)));
             for r in 0..FOUR {
                 let codes = F::codes64(p[r]);
-                let scales: [__m512i; 4] = std::array::from_fn(|v| F::spread_scales(&scales, r, v));
+                let mut spread = [_mm512_setzero_si512(); 4];
+                for (v, spread) in spread.iter_mut().enumerate() {
+                    *spread = F::spread_scales(&scales, r, v);
+                }
+                let scales = spread;
                 for i in 0..T {
                     let mut dots = _mm512_setzero_si512();
                     for v in 0..4 {

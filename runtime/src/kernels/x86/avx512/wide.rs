@@ -74,22 +74,21 @@ pub(super) trait Wide: Large {
     /// The 256 activations at `x`.
     #[inline(always)]
     unsafe fn x(x: *const i8) -> X {
-        let load32 = |at: usize| _mm256_loadu_si256(x.add(at).cast());
-        let load64 = |at: usize| _mm512_loadu_si512(x.add(at).cast());
         let order = Self::ORDER;
-        let prepared: [(__m512i, __m512i); 4] = std::array::from_fn(|v| {
+        let mut prepared = [(_mm512_setzero_si512(), _mm512_setzero_si512()); 4];
+        for (v, prepared) in prepared.iter_mut().enumerate() {
             let first = order.weight(v, 0);
-            Self::prepare(match order.run {
-                64 => load64(first),
+            *prepared = Self::prepare(match order.run {
+                64 => load64(x, first),
                 32 => {
-                    let low = _mm512_castsi256_si512(load32(first));
-                    _mm512_inserti64x4::<1>(low, load32(order.weight(v, 32)))
+                    let low = _mm512_castsi256_si512(load32(x, first));
+                    _mm512_inserti64x4::<1>(low, load32(x, order.weight(v, 32)))
                 }
                 // Runs of 16 that alternate between two fields.
-                _ if v % 2 == 0 => _mm512_shuffle_i64x2::<0x88>(load64(first), load64(first + 64)),
-                _ => _mm512_shuffle_i64x2::<0xdd>(load64(first - 16), load64(first + 48)),
-            })
-        });
+                _ if v % 2 == 0 => _mm512_shuffle_i64x2::<0x88>(load64(x, first), load64(x, first + 64)),
+                _ => _mm512_shuffle_i64x2::<0xdd>(load64(x, first - 16), load64(x, first + 48)),
+            });
+        }
         X { codes: prepared.map(|x| x.0), extra: prepared.map(|x| x.1) }
     }
 
@@ -289,7 +288,11 @@ impl Wide for Q5K {
             _mm512_srlv_epi64(bits, halves(0, 2)),
             _mm512_srlv_epi64(bits, halves(1, 3)),
         ];
-        std::array::from_fn(|v| select(bytes(16), fifth[v], n[v]))
+        let mut codes = n;
+        for v in 0..4 {
+            codes[v] = select(bytes(16), fifth[v], n[v]);
+        }
+        codes
     }
     #[inline(always)]
     unsafe fn head(p: &[*const u8; 4]) -> Head {
@@ -316,7 +319,11 @@ impl Wide for Q6K {
             _mm512_sllv_epi64(b, left),
             _mm512_srlv_epi64(b, right),
         ];
-        std::array::from_fn(|v| select(bytes(0x30), upper[v], n[v]))
+        let mut codes = n;
+        for v in 0..4 {
+            codes[v] = select(bytes(0x30), upper[v], n[v]);
+        }
+        codes
     }
     #[inline(always)]
     unsafe fn head(p: &[*const u8; 4]) -> Head {
@@ -360,7 +367,11 @@ impl Wide for Q3K {
             right(0, 4),
             right(1, 5),
         ];
-        std::array::from_fn(|v| select(bytes(4), third[v], two[v]))
+        let mut codes = two;
+        for v in 0..4 {
+            codes[v] = select(bytes(4), third[v], two[v]);
+        }
+        codes
     }
     #[inline(always)]
     unsafe fn head(p: &[*const u8; 4]) -> Head {
@@ -420,4 +431,14 @@ impl Wide for Iq4Xs {
         let (d, _) = f16_of_heads(heads, 0, 0);
         Head::without_mins([_mm512_sub_epi16(biased, word(32)); 2], d)
     }
+}
+
+#[inline(always)]
+unsafe fn load32(x: *const i8, at: usize) -> __m256i {
+    _mm256_loadu_si256(x.add(at).cast())
+}
+
+#[inline(always)]
+unsafe fn load64(x: *const i8, at: usize) -> __m512i {
+    _mm512_loadu_si512(x.add(at).cast())
 }
