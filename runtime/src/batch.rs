@@ -33,9 +33,7 @@ impl<'m> Batch<'m> {
 
     /// Adds a sequence, which becomes the last one. Errors: its state belongs to another model.
     pub fn add(&mut self, state: State) -> Result<()> {
-        if *state.shape() != self.model.state_shape() {
-            return Err(Error::new(ErrorKind::Inconsistent).what("state").expected("a state of this model"));
-        }
+        self.model.check_state(&state)?;
         self.states.push(state);
         self.logits.resize(self.states.len() * self.model.hparams().vocab_size, 0.0);
         Ok(())

@@ -2,10 +2,10 @@
 
 use crate::matrix::{Floats, Matrix};
 use crate::state::{State, StateShape, checksum};
-use kestrel_formats::Result;
 use kestrel_formats::arch::{HyperParams, Role};
 use kestrel_formats::map::Map;
 use kestrel_formats::tokenizer::TokenizerData;
+use kestrel_formats::{Error, ErrorKind, Result};
 use std::path::{Path, PathBuf};
 
 /// Where a model's tensors come from: a GGUF file or a checkpoint folder.
@@ -128,6 +128,14 @@ impl Model {
     /// The shape that a state of this model has.
     pub fn state_shape(&self) -> StateShape {
         StateShape::new(&self.hparams, self.fingerprint)
+    }
+
+    /// Whether `state` can go on with this model. Errors: it belongs to another one.
+    pub(crate) fn check_state(&self, state: &State) -> Result<()> {
+        if *state.shape() != self.state_shape() {
+            return Err(Error::new(ErrorKind::Inconsistent).what("state").expected("a state of this model"));
+        }
+        Ok(())
     }
 
     /// The matrix that gives the logits (vocab, d_model).

@@ -93,9 +93,7 @@ impl<'m> Session<'m> {
 
     /// Continues from another state. Errors: it belongs to another model.
     pub fn set_state(&mut self, state: State) -> Result<()> {
-        if *state.shape() != self.model.state_shape() {
-            return Err(Error::new(ErrorKind::Inconsistent).what("state").expected("a state of this model"));
-        }
+        self.model.check_state(&state)?;
         self.state = state;
         Ok(())
     }

@@ -227,6 +227,11 @@ fn avx512_equals_transformers() {
 }
 
 #[test]
+fn amx_equals_transformers() {
+    where_present(Isa::Amx, equals_transformers);
+}
+
+#[test]
 fn neon_equals_transformers() {
     where_present(Isa::Neon, equals_transformers);
 }
