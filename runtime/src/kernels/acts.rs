@@ -145,6 +145,7 @@ impl Acts {
     }
 
     /// Tokens.
+    #[inline(always)]
     pub fn n_tokens(&self) -> usize {
         self.n_tokens
     }
@@ -160,40 +161,47 @@ impl Acts {
     }
 
     /// f32 of token `t`.
+    #[inline(always)]
     pub(crate) fn floats(&self, t: usize) -> &[f32] {
         &self.floats[self.place(t).floats..][..self.cols]
     }
 
     /// Codes of token `t` of few.
+    #[inline(always)]
     pub(crate) fn codes(&self, t: usize) -> &[i8] {
         debug_assert!(self.n_tokens < INT_PANEL_TOKENS);
         &self.codes[self.place(t).codes..][..self.cols]
     }
 
     /// Scales of token `t` of few, one per block.
+    #[inline(always)]
     pub(crate) fn scales(&self, t: usize) -> &[f32] {
         debug_assert!(self.n_tokens < INT_PANEL_TOKENS);
         &self.scales[self.place(t).scales..][..self.cols / self.kind.block_len()]
     }
 
     /// Sums per 32 of the codes of token `t` of few.
+    #[inline(always)]
     pub(crate) fn sums32(&self, t: usize) -> &[i32] {
         debug_assert!(self.n_tokens < INT_PANEL_TOKENS);
         &self.sums[self.place(t).sums..][..self.cols / 32]
     }
 
     /// Sums per 16 of the codes of token `t` of few; only for [`ActKind::Q8x256`].
+    #[inline(always)]
     pub(crate) fn sums16(&self, t: usize) -> &[i32] {
         debug_assert!(self.kind == ActKind::Q8x256 && self.n_tokens < INT_PANEL_TOKENS);
         &self.sums[self.place(t).sums + self.cols / 32..][..self.cols / 16]
     }
 
     /// Groups of 16 tokens, of many.
+    #[inline(always)]
     pub(crate) fn n_groups(&self) -> usize {
         self.n_tokens.div_ceil(LANES)
     }
 
     /// Group `g` of many tokens.
+    #[inline(always)]
     pub(crate) fn group(&self, g: usize) -> Group<'_> {
         assert!(self.n_tokens >= INT_PANEL_TOKENS && self.kind != ActKind::F32);
         let at = self.place(g * LANES);

@@ -193,11 +193,11 @@ fn sum_four(x: [f32; 4]) -> f32 {
     (x[0] + x[2]) + (x[1] + x[3])
 }
 
-/// Few tokens, blocks of 32: lane i sums the codes 4·i..4·i + 4 and 16 + 4·i..20 + 4·i of every block. Offsets have
-/// four sums of their own, in turn.
+/// Few tokens, blocks of 32: four blocks have four lanes each, in turn; lane i sums the codes 4·i..4·i + 4 and
+/// 16 + 4·i..20 + 4·i. Offsets have four sums of their own, in turn.
 #[derive(Clone, Copy, Default)]
 struct FewSmall {
-    lanes: [f32; 4],
+    lanes: [f32; LANES],
     offsets: [f32; 4],
 }
 
@@ -205,7 +205,7 @@ impl Sum for FewSmall {
     #[inline(always)]
     fn add(&mut self, x: &Product<'_>) {
         let factor = x.parts.d * x.scale;
-        for (i, lane) in self.lanes.iter_mut().enumerate() {
+        for (i, lane) in self.lanes[x.b % 4 * 4..][..4].iter_mut().enumerate() {
             *lane = fused((x.quads[i] + x.quads[i + 4]) as f32, factor, *lane);
         }
         let offset = &mut self.offsets[x.b % 4];
@@ -214,7 +214,7 @@ impl Sum for FewSmall {
 
     #[inline(always)]
     fn total(self) -> f32 {
-        sum_four(self.lanes) + sum_four(self.offsets)
+        sum_lanes(self.lanes) + sum_four(self.offsets)
     }
 }
 
@@ -252,12 +252,12 @@ pub(super) const fn order(ty: GgmlType) -> Order {
     Order { group, run }
 }
 
-/// Few tokens, blocks of 256: lane i sums the codes whose bytes are dword i of each 64 bytes. Minimums have their own
-/// lanes, of two sub-blocks each.
+/// Few tokens, blocks of 256: lane i sums the codes whose bytes are dword i of each 64 bytes. Minimums have
+/// sixteen lanes of their own, of two sub-blocks each, so that two or four blocks have theirs in turn.
 #[derive(Clone, Copy, Default)]
 struct FewLarge {
     lanes: [f32; LANES],
-    mins: [f32; 8],
+    mins: [f32; LANES],
 }
 
 impl Sum for FewLarge {
@@ -272,15 +272,16 @@ impl Sum for FewLarge {
             *lane = fused(dot as f32, d, *lane);
         }
         let mins = x.parts.mins.as_chunks::<2>().0.iter().zip(x.sums.as_chunks::<2>().0);
-        for (lane, (min, sum)) in self.mins.iter_mut().zip(mins) {
+        let n_pairs = 128 / x.sub;
+        let lanes = &mut self.mins[x.b * n_pairs % LANES..][..n_pairs];
+        for (lane, (min, sum)) in lanes.iter_mut().zip(mins) {
             *lane = fused((min[0] * sum[0] + min[1] * sum[1]) as f32, dmin, *lane);
         }
     }
 
     #[inline(always)]
     fn total(self) -> f32 {
-        let mins = self.mins;
-        sum_lanes(self.lanes) - sum_four(std::array::from_fn(|i| mins[i] + mins[i + 4]))
+        sum_lanes(self.lanes) - sum_lanes(self.mins)
     }
 }
 

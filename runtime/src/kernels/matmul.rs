@@ -55,6 +55,7 @@ impl<'a> MatrixRef<'a> {
     }
 
     /// The type, where it can only be one of ggml's.
+    #[inline(always)]
     pub(crate) fn ggml(&self) -> GgmlType {
         match self.dtype {
             WeightType::Ggml(ty) => ty,
@@ -63,11 +64,13 @@ impl<'a> MatrixRef<'a> {
     }
 
     /// Bytes of a row.
+    #[inline(always)]
     pub fn row_bytes(&self) -> usize {
         self.cols / self.dtype.block_len() * self.dtype.block_bytes()
     }
 
     /// The bytes of row `r`.
+    #[inline(always)]
     pub(crate) fn row(&self, r: usize) -> &'a [u8] {
         &self.bytes[r * self.row_bytes()..][..self.row_bytes()]
     }
@@ -134,6 +137,9 @@ pub(crate) struct Scratch {
     pub sums: Aligned<f32>,
     /// Integer products of tiles of 16 rows by 16 tokens.
     pub tiles: Aligned<i32>,
+    /// Activations of few tokens in the order of a type's codes; see [`Self::acts`].
+    #[cfg(target_arch = "x86_64")]
+    acts: Aligned<u8>,
     /// Rows of a matrix of bitsandbytes as Q8_0; empty where there is none.
     pub blocks: Vec<u8>,
 }
@@ -147,8 +153,19 @@ impl Scratch {
             scales: Aligned::zeroed(PANEL_COLS / 16 * PANEL_ROWS * 2),
             sums: Aligned::zeroed(n_tokens.next_multiple_of(LANES) * PANEL_ROWS),
             tiles: Aligned::zeroed(2 * TILE_SUBS * LANES * LANES),
+            #[cfg(target_arch = "x86_64")]
+            acts: Aligned::zeroed(0),
             blocks: Vec::new(),
         }
+    }
+
+    /// Room for `n_bytes`, which grows with the first products.
+    #[cfg(target_arch = "x86_64")]
+    pub fn acts(&mut self, n_bytes: usize) -> *mut u8 {
+        if self.acts.len() < n_bytes {
+            self.acts = Aligned::zeroed(n_bytes);
+        }
+        self.acts.as_mut_ptr()
     }
 }
 

@@ -60,19 +60,19 @@ pub(crate) unsafe fn int_matmul(job: &Job<'_>, scratch: &mut Scratch) {
     // SAFETY: the caller's.
     unsafe {
         if job.acts.n_tokens() < INT_PANEL_TOKENS {
-            int_rows(job);
+            int_rows(job, scratch);
         } else {
             by_type!(job.weights.ggml(), small, large, (job, scratch));
         }
     }
 }
 
-#[inline(always)]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
 unsafe fn small<F: Small>(job: &Job<'_>, scratch: &mut Scratch) {
     with_tiles::<InSmall<F>>(job, scratch);
 }
 
-#[inline(always)]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
 unsafe fn large<F: Large>(job: &Job<'_>, scratch: &mut Scratch) {
     with_tiles::<InLarge<F>>(job, scratch);
 }
@@ -157,10 +157,10 @@ unsafe fn rows<F: Format, const G: usize>(
             for sub in subs.clone() {
                 let at = k0 + sub * F::SUB;
                 let mut dots = [[_mm512_setzero_si512(); G]; R];
-                for (row, dots) in dots.iter_mut().enumerate() {
-                    for (j, dots) in dots.iter_mut().enumerate() {
+                for row in 0..R {
+                    for j in 0..G {
                         let from = tile(panel, sub - sub0, j).add((i * R + row) * LANES);
-                        *dots = _mm512_loadu_si512(from.cast());
+                        dots[row][j] = _mm512_loadu_si512(from.cast());
                     }
                 }
                 scale::<F, R, G>(panel, acts, r + i * R, at, sub, &dots, &mut sums);
@@ -198,8 +198,7 @@ unsafe fn multiply<F: Format, const G: usize>(
 ) {
     let weights = panel.codes.add(r * STRIDE + sub * F::SUB);
     let n = if two { 2 } else { 1 };
-    let x: [*const i8; G] =
-        std::array::from_fn(|j| acts[j].codes[at * LANES..][..n * F::SUB * LANES].as_ptr());
+    let x = each!([std::ptr::null::<i8>(); G], j => acts[j].codes[at * LANES..][..n * F::SUB * LANES].as_ptr());
     load::<6>(weights, STRIDE);
     load::<4>(x[0].cast(), 64);
     dot::<0, 6, 4>();

@@ -85,14 +85,7 @@ impl Lanes for Avx2 {
     #[inline(always)]
     unsafe fn scale_by_power(self, n: Self) -> Self {
         // In two steps, so that neither factor leaves the range of normal numbers and only the last one rounds.
-        let power =
-            |n| _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(n, _mm256_set1_epi32(127))));
-        let scale = |x, n| {
-            let n = _mm256_cvtps_epi32(n);
-            let half = _mm256_srai_epi32::<1>(n);
-            _mm256_mul_ps(_mm256_mul_ps(x, power(half)), power(_mm256_sub_epi32(n, half)))
-        };
-        Self(scale(self.0, n.0), scale(self.1, n.1))
+        both!(scale_by_power, self, n)
     }
     #[inline(always)]
     unsafe fn sum(self) -> f32 {
@@ -151,6 +144,20 @@ impl Lanes for Avx2 {
         _mm_storeu_si128(p.cast(), bytes);
         sum_dwords(_mm256_add_epi32(a, b))
     }
+}
+
+/// 2^n of small whole numbers.
+#[inline(always)]
+unsafe fn power_of_two(n: __m256i) -> __m256 {
+    _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(n, _mm256_set1_epi32(127))))
+}
+
+/// x·2^n
+#[inline(always)]
+unsafe fn scale_by_power(x: __m256, n: __m256) -> __m256 {
+    let n = _mm256_cvtps_epi32(n);
+    let half = _mm256_srai_epi32::<1>(n);
+    _mm256_mul_ps(_mm256_mul_ps(x, power_of_two(half)), power_of_two(_mm256_sub_epi32(n, half)))
 }
 
 /// The sum of eight i32.

@@ -40,7 +40,7 @@ unsafe fn unbiased(bias: u8, codes: __m256i, x: __m256i) -> __m256i {
 /// 16 bytes of each of two rows.
 #[inline(always)]
 unsafe fn gather16(p: &[*const u8; 2], at: usize) -> __m256i {
-    let [a, b] = p.map(|p| _mm_loadu_si128(p.add(at).cast()));
+    let (a, b) = (_mm_loadu_si128(p[0].add(at).cast()), _mm_loadu_si128(p[1].add(at).cast()));
     _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(a), b)
 }
 
@@ -75,8 +75,8 @@ impl Two for Q4_1 {
 /// Fifth bits, 32 per row at `at`, added to nibbles.
 #[inline(always)]
 unsafe fn with_fifth_bits(p: &[*const u8; 2], at: usize, nibbles: [__m256i; 2]) -> [__m256i; 2] {
-    let [a, b] = p.map(|p| _mm_set1_epi32(p.add(at).cast::<i32>().read_unaligned()));
-    let bits = _mm256_setr_m128i(a, b);
+    let (a, b) = (p[0].add(at).cast::<i32>().read_unaligned(), p[1].add(at).cast::<i32>().read_unaligned());
+    let bits = _mm256_setr_m128i(_mm_set1_epi32(a), _mm_set1_epi32(b));
     let bit = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
     let add = |x, first: i64| {
         let which =
@@ -111,7 +111,8 @@ unsafe fn iq4(codes: __m256i) -> __m256i {
 impl Two for Iq4Nl {
     #[inline(always)]
     unsafe fn two(p: &[*const u8; 2]) -> [__m256i; 2] {
-        nibbles(gather16(p, iq4::NL_QS)).map(|x| iq4(x))
+        let [low, high] = nibbles(gather16(p, iq4::NL_QS));
+        [iq4(low), iq4(high)]
     }
 }
 

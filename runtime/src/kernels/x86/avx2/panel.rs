@@ -18,12 +18,12 @@ const ROWS: usize = 2;
 /// Registers of 8 that 16 tokens take.
 const HALVES: usize = 2;
 
-#[inline(always)]
+#[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn small<F: Small>(job: &Job<'_>, scratch: &mut Scratch) {
     product::<InSmall<F>, Maddubs>(job, scratch);
 }
 
-#[inline(always)]
+#[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn large<F: Large>(job: &Job<'_>, scratch: &mut Scratch) {
     product::<InLarge<F>, Maddubs>(job, scratch);
 }
@@ -63,7 +63,7 @@ unsafe fn tile<F: Format>(panel: &Panel, acts: &Group<'_>, r: usize, g: usize, k
     for sub in 0..n / F::SUB {
         let at = k0 + sub * F::SUB;
         let sums = sums_of::<F>(acts, at / F::SUB);
-        let sums: [__m256i; HALVES] = std::array::from_fn(|h| _mm256_loadu_si256(sums.add(8 * h).cast()));
+        let sums = each!([_mm256_setzero_si256(); HALVES], h => _mm256_loadu_si256(sums.add(8 * h).cast()));
         let dots = dots::<F>(panel, acts, r, sub, at, &sums);
         scale::<F>(panel, acts, r, at, sub, &dots, &sums, &mut floats);
         if F::BLOCK == 256 && (sub + 1).is_multiple_of(256 / F::SUB) {
@@ -101,8 +101,8 @@ unsafe fn dots<F: Format>(
     let left = F::BIAS - Maddubs::taken_off(F::BIAS);
     let mut dots = [[_mm256_setzero_si256(); HALVES]; ROWS];
     if left != 0 {
-        let start = sums.map(|sum| _mm256_mullo_epi32(sum, _mm256_set1_epi32(-i32::from(left))));
-        dots = [start; ROWS];
+        let start = _mm256_set1_epi32(-i32::from(left));
+        dots = [each!([start; HALVES], h => _mm256_mullo_epi32(sums[h], start)); ROWS];
     }
     let ones = _mm256_set1_epi16(1);
     let codes = panel.codes.add(r * STRIDE + sub * F::SUB);
@@ -111,8 +111,7 @@ unsafe fn dots<F: Format>(
     for k0 in (0..F::SUB / 4).step_by(steps) {
         let mut pairs = [[_mm256_setzero_si256(); HALVES]; ROWS];
         for k in k0..k0 + steps {
-            let x: [__m256i; HALVES] =
-                std::array::from_fn(|h| _mm256_loadu_si256(x.add(4 * k * LANES + 32 * h).cast()));
+            let x = each!([ones; HALVES], h => _mm256_loadu_si256(x.add(4 * k * LANES + 32 * h).cast()));
             for i in 0..ROWS {
                 let w = _mm256_set1_epi32(codes.add(i * STRIDE + 4 * k).cast::<i32>().read_unaligned());
                 for h in 0..HALVES {
@@ -133,6 +132,18 @@ unsafe fn dots<F: Format>(
     dots
 }
 
+/// Integers of the sub-block at column `at`, times the scale of its activations where those are in blocks of 32.
+#[inline(always)]
+unsafe fn scaled<F: Format>(acts: &Group<'_>, at: usize, h: usize, x: __m256i) -> __m256 {
+    match F::BLOCK {
+        32 => {
+            let scales = _mm256_loadu_ps(acts.scales[at / 32 * LANES + 8 * h..][..8].as_ptr());
+            _mm256_mul_ps(_mm256_cvtepi32_ps(x), scales)
+        }
+        _ => _mm256_cvtepi32_ps(x),
+    }
+}
+
 /// Scales integer products and adds them; `sums` are those of the activations' codes.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)] // where, what, and the sums
@@ -146,20 +157,13 @@ unsafe fn scale<F: Format>(
     sums: &[__m256i; HALVES],
     floats: &mut [[__m256; HALVES]; ROWS],
 ) {
-    let scaled = |h: usize, dot: __m256i| match F::BLOCK {
-        32 => {
-            let scale = _mm256_loadu_ps(acts.scales[at / 32 * LANES + 8 * h..][..8].as_ptr());
-            _mm256_mul_ps(_mm256_cvtepi32_ps(dot), scale)
-        }
-        _ => _mm256_cvtepi32_ps(dot),
-    };
     for i in 0..ROWS {
         let scale = _mm256_set1_ps(*panel.scales.add((r + i) * SUBS + sub));
         for h in 0..HALVES {
-            floats[i][h] = _mm256_fmadd_ps(scaled(h, dots[i][h]), scale, floats[i][h]);
+            floats[i][h] = _mm256_fmadd_ps(scaled::<F>(acts, at, h, dots[i][h]), scale, floats[i][h]);
             if F::HAS_OFFSETS {
                 let offset = _mm256_set1_ps(*panel.offsets.add((r + i) * SUBS + sub));
-                floats[i][h] = _mm256_fmadd_ps(offset, scaled(h, sums[h]), floats[i][h]);
+                floats[i][h] = _mm256_fmadd_ps(offset, scaled::<F>(acts, at, h, sums[h]), floats[i][h]);
             }
         }
     }

@@ -22,7 +22,7 @@ pub(crate) unsafe fn int_matmul(job: &Job<'_>, scratch: &mut Scratch) {
     // SAFETY: the caller's.
     unsafe {
         if job.acts.n_tokens() < INT_PANEL_TOKENS {
-            int_rows(job);
+            int_rows(job, scratch);
         } else {
             by_type!(job.weights.ggml(), small, large, (job, scratch));
         }
@@ -34,8 +34,8 @@ pub(crate) unsafe fn int_matmul(job: &Job<'_>, scratch: &mut Scratch) {
 /// # Safety
 /// That of [`crate::kernels::matmul::Matmul`].
 #[inline(always)]
-pub(super) unsafe fn int_rows(job: &Job<'_>) {
+pub(super) unsafe fn int_rows(job: &Job<'_>, scratch: &mut Scratch) {
     use rows::{large, small};
     // SAFETY: the caller's.
-    unsafe { by_type!(job.weights.ggml(), small, large, (job)) };
+    unsafe { by_type!(job.weights.ggml(), small, large, (job, scratch)) };
 }

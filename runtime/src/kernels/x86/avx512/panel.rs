@@ -14,12 +14,12 @@ use crate::kernels::x86::panel::{Format, InLarge, InSmall, Panel, STRIDE, SUBS, 
 use crate::kernels::x86::unpack::{Large, Small};
 use std::arch::x86_64::*;
 
-#[inline(always)]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
 pub(super) unsafe fn small<F: Small>(job: &Job<'_>, scratch: &mut Scratch) {
     product::<InSmall<F>, Vnni>(job, scratch);
 }
 
-#[inline(always)]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
 pub(super) unsafe fn large<F: Large>(job: &Job<'_>, scratch: &mut Scratch) {
     product::<InLarge<F>, Vnni>(job, scratch);
 }
@@ -59,7 +59,7 @@ unsafe fn groups<F: Format, const R: usize, const G: usize>(
     k0: usize,
     n: usize,
 ) {
-    let acts = std::array::from_fn(|i| job.acts.group(g + i));
+    let acts = each!([job.acts.group(g); G], i => job.acts.group(g + i));
     for r in (0..n_rows).step_by(R) {
         tile::<F, R, G>(panel, &acts, r, g, k0, n);
     }
@@ -83,17 +83,14 @@ unsafe fn tile<F: Format, const R: usize, const G: usize>(
             for j in 0..G {
                 let sums = _mm512_loadu_si512(sums_of::<F>(&acts[j], at / F::SUB).cast());
                 let start = _mm512_mullo_epi32(sums, _mm512_set1_epi32(-i32::from(F::BIAS)));
-                dots.iter_mut().for_each(|dots| dots[j] = start);
+                for i in 0..R {
+                    dots[i][j] = start;
+                }
             }
         }
-        let x: [*const i8; G] =
-            std::array::from_fn(|j| acts[j].codes[at * LANES..][..F::SUB * LANES].as_ptr());
+        let x = each!([std::ptr::null(); G], j => acts[j].codes[at * LANES..][..F::SUB * LANES].as_ptr());
         for k in (0..F::SUB).step_by(4) {
-            let mut at_k = [_mm512_setzero_si512(); G];
-            for j in 0..G {
-                at_k[j] = _mm512_loadu_si512(x[j].add(k * LANES).cast());
-            }
-            let x = at_k;
+            let x = each!([_mm512_setzero_si512(); G], j => _mm512_loadu_si512(x[j].add(k * LANES).cast()));
             for i in 0..R {
                 let w = _mm512_set1_epi32(codes.add(i * STRIDE + k).cast::<i32>().read_unaligned());
                 for j in 0..G {
@@ -117,6 +114,18 @@ pub(in crate::kernels::x86) fn ends_block<F: Format>(sub: usize) -> bool {
     F::BLOCK == 256 && (sub + 1).is_multiple_of(256 / F::SUB)
 }
 
+/// Integers of the sub-block at column `at`, times the scale of its activations where those are in blocks of 32.
+#[inline(always)]
+unsafe fn scaled<F: Format>(acts: &Group<'_>, at: usize, x: __m512i) -> __m512 {
+    match F::BLOCK {
+        32 => {
+            let scales = _mm512_loadu_ps(acts.scales[at / 32 * LANES..][..LANES].as_ptr());
+            _mm512_mul_ps(_mm512_cvtepi32_ps(x), scales)
+        }
+        _ => _mm512_cvtepi32_ps(x),
+    }
+}
+
 /// Scales the integer products `dots` of sub-block `sub` of the panel, which begins at column `at`, and adds them.
 #[inline(always)]
 pub(in crate::kernels::x86) unsafe fn scale<F: Format, const R: usize, const G: usize>(
@@ -128,21 +137,15 @@ pub(in crate::kernels::x86) unsafe fn scale<F: Format, const R: usize, const G: 
     dots: &[[__m512i; G]; R],
     floats: &mut [[__m512; G]; R],
 ) {
-    let act_scale = |j: usize| _mm512_loadu_ps(acts[j].scales[at / 32 * LANES..][..LANES].as_ptr());
-    let scaled = |j: usize, dot: __m512i| match F::BLOCK {
-        32 => _mm512_mul_ps(_mm512_cvtepi32_ps(dot), act_scale(j)),
-        _ => _mm512_cvtepi32_ps(dot),
-    };
     for i in 0..R {
         let scale = _mm512_set1_ps(*panel.scales.add((r + i) * SUBS + sub));
         for j in 0..G {
-            floats[i][j] = _mm512_fmadd_ps(scaled(j, dots[i][j]), scale, floats[i][j]);
+            floats[i][j] = _mm512_fmadd_ps(scaled::<F>(&acts[j], at, dots[i][j]), scale, floats[i][j]);
         }
     }
     if F::HAS_OFFSETS {
-        let sums: [__m512; G] = std::array::from_fn(|j| {
-            scaled(j, _mm512_loadu_si512(sums_of::<F>(&acts[j], at / F::SUB).cast()))
-        });
+        let sums = each!([_mm512_setzero_ps(); G], j =>
+            scaled::<F>(&acts[j], at, _mm512_loadu_si512(sums_of::<F>(&acts[j], at / F::SUB).cast())));
         for i in 0..R {
             let offset = _mm512_set1_ps(*panel.offsets.add((r + i) * SUBS + sub));
             for j in 0..G {

@@ -1,4 +1,4 @@
-//! Blocks unpacked 64 codes at a time, for [`super::rows`]: four rows of blocks of 32, or the 64-byte pieces of a block
+//! Blocks unpacked 64 codes at a time, for [`super::rows`]: four blocks of blocks of 32, or the 64-byte pieces of a block
 //! of 256, whose codes keep the order of their bytes.
 
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for pointers to whole blocks and for the instruction set
@@ -11,7 +11,7 @@ use kestrel_formats::GgmlType;
 use kestrel_quant::codec::{iq4, q2_k, q3_k, q4, q4_k, q5, q5_k, q6_k, q8_0};
 use std::arch::x86_64::*;
 
-/// A type with blocks of 32, four rows at a time.
+/// A type with blocks of 32, four blocks at a time.
 pub(super) trait Four: Small {
     /// The lower and the upper 16 codes of four blocks, each block in its 128-bit part.
     unsafe fn four(p: &[*const u8; 4]) -> [__m512i; 2];
@@ -25,9 +25,9 @@ pub(super) struct X {
     pub extra: [__m512i; 4],
 }
 
-/// What four rows' blocks of 256 have besides their codes.
+/// What four blocks' blocks of 256 have besides their codes.
 pub(super) struct Head {
-    /// The scales of the sub-blocks, row after row, as i16: 8 or 16 per row.
+    /// The scales of the sub-blocks, block after block, as i16: 8 or 16 each.
     pub scales: [__m512i; 2],
     /// The minimums, likewise.
     pub mins: [__m512i; 2],
@@ -49,10 +49,13 @@ pub(super) trait Wide: Large {
     /// Per row and vector of codes: where the scale of each pair of codes is among those of [`Head`].
     const SCALE_OF: [[[u16; 32]; 4]; 4] = scale_of(Self::ORDER, Self::SUB);
 
+    /// Whether [`Self::pairs`] takes more than the activations.
+    const EXTRA: bool = Self::BIAS != 0;
+
     /// Four times 64 codes: the fields of each 64 bytes.
     unsafe fn codes64(p: *const u8) -> [__m512i; 4];
 
-    /// The rest of four rows' blocks.
+    /// The rest of four blocks' blocks.
     unsafe fn head(p: &[*const u8; 4]) -> Head;
 
     /// The products of 64 codes with activations, summed in pairs; exact.
@@ -76,9 +79,9 @@ pub(super) trait Wide: Large {
     unsafe fn x(x: *const i8) -> X {
         let order = Self::ORDER;
         let mut prepared = [(_mm512_setzero_si512(), _mm512_setzero_si512()); 4];
-        for (v, prepared) in prepared.iter_mut().enumerate() {
+        for v in 0..4 {
             let first = order.weight(v, 0);
-            *prepared = Self::prepare(match order.run {
+            prepared[v] = Self::prepare(match order.run {
                 64 => load64(x, first),
                 32 => {
                     let low = _mm512_castsi256_si512(load32(x, first));
@@ -89,7 +92,10 @@ pub(super) trait Wide: Large {
                 _ => _mm512_shuffle_i64x2::<0xdd>(load64(x, first - 16), load64(x, first + 48)),
             });
         }
-        X { codes: prepared.map(|x| x.0), extra: prepared.map(|x| x.1) }
+        X {
+            codes: each!([_mm512_setzero_si512(); 4], v => prepared[v].0),
+            extra: each!([_mm512_setzero_si512(); 4], v => prepared[v].1),
+        }
     }
 
     /// The scale of each pair of vector `v` of row `r`.
@@ -123,7 +129,7 @@ unsafe fn bytes(x: u8) -> __m512i {
     _mm512_set1_epi8(x as i8)
 }
 
-/// 16 bytes of each of four rows.
+/// 16 bytes of each of four blocks.
 #[inline(always)]
 unsafe fn gather16(p: &[*const u8; 4], at: usize) -> __m512i {
     let load = |i: usize| _mm_loadu_si128(p[i].add(at).cast());
@@ -148,7 +154,7 @@ unsafe fn select(mask: __m512i, a: __m512i, b: __m512i) -> __m512i {
 impl Four for Q8_0 {
     #[inline(always)]
     unsafe fn four(p: &[*const u8; 4]) -> [__m512i; 2] {
-        [q8_0::QS, q8_0::QS + 16].map(|at| _mm512_xor_si512(gather16(p, at), bytes(0x80)))
+        each!([bytes(0x80); 2], h => _mm512_xor_si512(gather16(p, q8_0::QS + 16 * h), bytes(0x80)))
     }
 }
 
@@ -195,11 +201,12 @@ impl Four for Iq4Nl {
     #[inline(always)]
     unsafe fn four(p: &[*const u8; 4]) -> [__m512i; 2] {
         let values = _mm512_broadcast_i64x4(unpack::iq4_values());
-        nibbles(gather16(p, iq4::NL_QS)).map(|x| _mm512_shuffle_epi8(values, x))
+        let codes = nibbles(gather16(p, iq4::NL_QS));
+        each!([values; 2], h => _mm512_shuffle_epi8(values, codes[h]))
     }
 }
 
-/// Two words of the first 16 bytes of each of four rows, as f16.
+/// Two words of the first 16 bytes of each of four blocks, as f16.
 #[inline(always)]
 unsafe fn f16_of_heads(heads: __m512i, first: i16, second: i16) -> (__m128, __m128) {
     let (a, b) = (first, second);
@@ -209,9 +216,9 @@ unsafe fn f16_of_heads(heads: __m512i, first: i16, second: i16) -> (__m128, __m1
     (_mm256_castps256_ps128(both), _mm256_extractf128_ps::<1>(both))
 }
 
-/// The f16 at `p + at` of each of four rows.
+/// The f16 at `p + at` of each of four blocks.
 #[inline(always)]
-unsafe fn f16_four(p: &[*const u8; 4], at: usize) -> __m128 {
+pub(super) unsafe fn f16_four(p: &[*const u8; 4], at: usize) -> __m128 {
     let bits = |i: usize| i32::from(p[i].add(at).cast::<i16>().read_unaligned());
     let x = _mm_insert_epi16::<0>(_mm_setzero_si128(), bits(0));
     let x = _mm_insert_epi16::<1>(x, bits(1));
@@ -300,7 +307,7 @@ impl Wide for Q5K {
     }
 }
 
-/// 16 signed bytes of each of four rows as i16.
+/// 16 signed bytes of each of four blocks as i16.
 #[inline(always)]
 unsafe fn widen(x: __m512i) -> [__m512i; 2] {
     [_mm512_cvtepi8_epi16(_mm512_castsi512_si256(x)), _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64::<1>(x))]
@@ -336,7 +343,7 @@ impl Wide for Q6K {
 unsafe fn two_bits(p: *const u8) -> [__m512i; 4] {
     let x = _mm512_loadu_si512(p.cast());
     let shifted = [x, _mm512_srli_epi16::<2>(x), _mm512_srli_epi16::<4>(x), _mm512_srli_epi16::<6>(x)];
-    shifted.map(|x| _mm512_and_si512(x, bytes(3)))
+    each!([x; 4], v => _mm512_and_si512(shifted[v], bytes(3)))
 }
 
 impl Wide for Q2K {
@@ -375,7 +382,7 @@ impl Wide for Q3K {
     }
     #[inline(always)]
     unsafe fn head(p: &[*const u8; 4]) -> Head {
-        let scales = p.map(|p| Q3K::scales(p));
+        let scales = each!([_mm_setzero_si128(); 4], r => Q3K::scales(p[r]));
         let widened = [
             _mm512_cvtepi8_epi16(_mm256_setr_m128i(scales[0], scales[1])),
             _mm512_cvtepi8_epi16(_mm256_setr_m128i(scales[2], scales[3])),
