@@ -58,13 +58,14 @@ impl<F: Two> Few for SmallRow<F> {
         r: usize,
     ) {
         let (p, n_blocks) = (job.weights.row(row).as_ptr(), job.weights.cols / 32);
+        let x = each!([Token::new(job, t, 32); T], i => Token::new(job, t + i, 32));
         let mut sums = [SmallSums { products: [_mm256_setzero_ps(); 2], offsets: _mm_setzero_ps() }; T];
         let whole = n_blocks / FOUR * FOUR;
         for b in (0..whole).step_by(FOUR) {
-            small_blocks::<F, T>(job, p.add(b * F::BYTES), t, b, FOUR, &mut sums);
+            small_blocks::<F, T>(p.add(b * F::BYTES), &x, b, FOUR, &mut sums);
         }
         if whole < n_blocks {
-            small_blocks::<F, T>(job, p.add(whole * F::BYTES), t, whole, n_blocks - whole, &mut sums);
+            small_blocks::<F, T>(p.add(whole * F::BYTES), &x, whole, n_blocks - whole, &mut sums);
         }
         for i in 0..T {
             out[i][r] = sum_sixteen(sums[i].products);
@@ -109,9 +110,8 @@ unsafe fn spread(x: __m128, h: usize) -> __m256 {
 /// Blocks `b..b + n`, the first of them at `p`.
 #[inline(always)]
 unsafe fn small_blocks<F: Two, const T: usize>(
-    job: &Job<'_>,
     p: *const u8,
-    t: usize,
+    x: &[Token; T],
     b: usize,
     n: usize,
     sums: &mut [SmallSums; T],
@@ -120,7 +120,7 @@ unsafe fn small_blocks<F: Two, const T: usize>(
     let p = four_blocks(p, F::BYTES, n);
     let ones = _mm256_set1_epi16(1);
     let d = f16_four(&p, 0);
-    let scales = each!([d; T], i => up_to_four(job.acts.scales(t + i).as_ptr().add(b), n));
+    let scales = each!([d; T], i => up_to_four(x[i].scales.add(b), n));
     let factors = each!([d; T], i => _mm_mul_ps(d, scales[i]));
     for h in 0..2 {
         if 2 * h >= n {
@@ -130,7 +130,7 @@ unsafe fn small_blocks<F: Two, const T: usize>(
         // Of a block that does not exist the factor is zero, so any activations will do.
         let (first, second) = (32 * (b + 2 * h), 32 * (b + (2 * h + 1).min(n - 1)));
         for i in 0..T {
-            let x = job.acts.codes(t + i).as_ptr();
+            let x = x[i].codes;
             let x = each!([ones; 2], half => _mm256_set_m128i(
                 _mm_loadu_si128(x.add(second + 16 * half).cast()),
                 _mm_loadu_si128(x.add(first + 16 * half).cast())
@@ -150,7 +150,7 @@ unsafe fn small_blocks<F: Two, const T: usize>(
         for i in 0..T {
             let mut x_sums = [0.0; FOUR];
             for j in 0..n {
-                x_sums[j] = job.acts.sums32(t + i)[b + j] as f32;
+                x_sums[j] = *x[i].sums.add(b + j) as f32;
             }
             let terms = _mm_mul_ps(scales[i], _mm_loadu_ps(x_sums.as_ptr()));
             sums[i].offsets = _mm_fmadd_ps(m, terms, sums[i].offsets);
@@ -183,9 +183,10 @@ impl<F: Narrow> Few for LargeRow<F> {
         r: usize,
     ) {
         let p = job.weights.row(row).as_ptr();
+        let x = each!([Token::new(job, t, F::SUB); T], i => Token::new(job, t + i, F::SUB));
         let mut sums = [LargeSums { products: [_mm256_setzero_ps(); 2], mins: [0.0; LANES] }; T];
         for b in 0..job.weights.cols / 256 {
-            large_block::<F, T>(job, p.add(b * F::BYTES), t, b, &mut sums);
+            large_block::<F, T>(p.add(b * F::BYTES), &x, b, &mut sums);
         }
         for i in 0..T {
             out[i][r] = sum_sixteen(sums[i].products);
@@ -197,42 +198,52 @@ impl<F: Narrow> Few for LargeRow<F> {
     }
 }
 
+/// Where the activations of a token are.
+#[derive(Clone, Copy)]
+struct Token {
+    codes: *const i8,
+    /// Of the sub-blocks' codes.
+    sums: *const i32,
+    scales: *const f32,
+}
+
+impl Token {
+    #[inline(always)]
+    fn new(job: &Job<'_>, t: usize, sub: usize) -> Self {
+        let sums = if sub == 32 { job.acts.sums32(t) } else { job.acts.sums16(t) };
+        Self { codes: job.acts.codes(t).as_ptr(), sums: sums.as_ptr(), scales: job.acts.scales(t).as_ptr() }
+    }
+}
+
 /// Block `b` of a row, at `p`.
 ///
 /// No lane of the integer sums overflows: it has 16 products of at most 63·127 times a scale of at most 128, or of
 /// 127·127 times one of at most 32.
 #[inline(always)]
 unsafe fn large_block<F: Narrow, const T: usize>(
-    job: &Job<'_>,
     p: *const u8,
-    t: usize,
+    x: &[Token; T],
     b: usize,
     sums: &mut [LargeSums; T],
 ) {
     let scales = _mm256_cvtepi8_epi16(F::scales(p));
     let scales = [_mm256_permute4x64_epi64::<0x44>(scales), _mm256_permute4x64_epi64::<0xee>(scales)];
     let mut dots = [[_mm256_setzero_si256(); 2]; T];
-    for v in 0..4 {
-        fetch_ahead(p, F::BYTES, v, 4);
-        for half in 0..2 {
-            let codes = F::codes32(p, v, half);
-            let scale = F::spread_scales(&scales, v, half);
-            for i in 0..T {
-                let x = F::x32(job.acts.codes(t + i).as_ptr().add(256 * b), v, half);
-                let products = _mm256_madd_epi16(F::pairs(codes, x), scale);
-                dots[i][half] = _mm256_add_epi32(dots[i][half], products);
-            }
-        }
-    }
+    // One after the other by hand: as a loop it would not be unrolled, and shift by variables.
+    codes64::<F, T, 0>(p, x, b, &scales, &mut dots);
+    codes64::<F, T, 1>(p, x, b, &scales, &mut dots);
+    codes64::<F, T, 2>(p, x, b, &scales, &mut dots);
+    codes64::<F, T, 3>(p, x, b, &scales, &mut dots);
     let (d, dmin) = (f16(p.add(F::D)), f16(p.add(F::DMIN)));
     for i in 0..T {
-        let scale = job.acts.scales(t + i)[b];
+        let scale = *x[i].scales.add(b);
         for half in 0..2 {
             let sum = &mut sums[i].products[half];
             *sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[i][half]), _mm256_set1_ps(d * scale), *sum);
         }
         if F::HAS_MINS {
-            let dots = _mm256_madd_epi16(_mm256_cvtepi8_epi16(F::mins(p)), x_sums::<F>(job, t + i, b));
+            let x_sums = x_sums::<F>(x[i].sums.add(b * 256 / F::SUB));
+            let dots = _mm256_madd_epi16(_mm256_cvtepi8_epi16(F::mins(p)), x_sums);
             let (dots, factor) = (_mm256_cvtepi32_ps(dots), _mm256_set1_ps(dmin * scale));
             let n_pairs = 128 / F::SUB;
             let lanes = sums[i].mins.as_mut_ptr().add(b * n_pairs % LANES);
@@ -246,15 +257,33 @@ unsafe fn large_block<F: Narrow, const T: usize>(
     }
 }
 
-/// Sums of the activations of each sub-block as i16 (at most 32·127); zeros after the eight of 32.
+/// Adds the products of the `V`th 64 codes of a block.
 #[inline(always)]
-unsafe fn x_sums<F: Large>(job: &Job<'_>, t: usize, b: usize) -> __m256i {
+unsafe fn codes64<F: Narrow, const T: usize, const V: usize>(
+    p: *const u8,
+    x: &[Token; T],
+    b: usize,
+    scales: &[__m256i; 2],
+    dots: &mut [[__m256i; 2]; T],
+) {
+    fetch_ahead(p, F::BYTES, V, 4);
+    for half in 0..2 {
+        let codes = F::codes32(p, V, half);
+        let scale = F::spread_scales(scales, V, half);
+        for i in 0..T {
+            let products = _mm256_madd_epi16(F::pairs(codes, F::x32(x[i].codes.add(256 * b), V, half)), scale);
+            dots[i][half] = _mm256_add_epi32(dots[i][half], products);
+        }
+    }
+}
+
+/// Sums of the activations of each sub-block of a block as i16 (at most 32·127); zeros after the eight of 32.
+#[inline(always)]
+unsafe fn x_sums<F: Large>(sums: *const i32) -> __m256i {
     if F::SUB == 32 {
-        let sums = job.acts.sums32(t).as_ptr().add(8 * b);
         let (low, high) = (_mm_loadu_si128(sums.cast()), _mm_loadu_si128(sums.add(4).cast()));
         _mm256_zextsi128_si256(_mm_packs_epi32(low, high))
     } else {
-        let sums = job.acts.sums16(t).as_ptr().add(16 * b);
         let (low, high) = (_mm256_loadu_si256(sums.cast()), _mm256_loadu_si256(sums.add(8).cast()));
         _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(low, high))
     }
