@@ -4,13 +4,14 @@ use super::acts::{ActKind, Acts};
 use super::beside;
 use super::elementwise::{Conv, D_CONV_MAX, Run, Scan};
 use super::isa::Isa;
-use super::matmul::{Job, MatrixRef, Scratch};
+use super::matmul::{Job, MatrixRef, PANEL_ROWS, Scratch};
 use super::memory::{Channels, LANES, Out, SharedMut};
 use super::table::{Kernels, kernels};
 use crate::pool::Pool;
 use crate::state::State;
 use kestrel_formats::{GgmlType, WeightType};
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// Threads, the kernels that they run and what each of them needs.
 pub struct Compute {
@@ -93,6 +94,36 @@ fn runs<'a>(segments: &'a [Segment<'_>], n_all: usize) -> impl Iterator<Item = (
         assert!(first <= n_all, "more tokens in segments than there are");
         (&*s.state, run)
     })
+}
+
+/// `0..n` in whole units over workers: most of it in parts as equal as they go, one for each; the rest a unit at a time
+/// to whoever is done first, since cores that are shared with others are not equally fast.
+struct Turns {
+    n: usize,
+    unit: usize,
+    n_workers: usize,
+    /// The units of the workers' own parts.
+    n_own: usize,
+    /// The first unit that nobody has taken.
+    next: AtomicUsize,
+}
+
+impl Turns {
+    fn new(n: usize, unit: usize, n_workers: usize) -> Self {
+        let n_own = if n_workers == 1 { n.div_ceil(unit) } else { n.div_ceil(unit) / 8 * 7 };
+        Self { n, unit, n_workers, n_own, next: AtomicUsize::new(n_own) }
+    }
+
+    /// What worker `w` does.
+    fn of(&self, w: usize) -> impl Iterator<Item = Range<usize>> + '_ {
+        let at = move |w: usize| self.n_own * w / self.n_workers;
+        let units = move |units: Range<usize>| units.start * self.unit..(units.end * self.unit).min(self.n);
+        let more = std::iter::from_fn(move || {
+            let unit = self.next.fetch_add(1, Ordering::Relaxed);
+            (unit * self.unit < self.n).then(|| units(unit..unit + 1))
+        });
+        std::iter::once(units(at(w)..at(w + 1))).filter(|own| !own.is_empty()).chain(more)
+    }
 }
 
 /// The part of `0..n` that worker `w` of `n_workers` owns: whole units, as equal as they go.
@@ -193,12 +224,14 @@ impl Compute {
         let out = Out::token_major(out, weights.rows, then == Then::Add);
         let (kernels, n_workers) = (self.kernels, self.pool.n_workers());
         let scratch = SharedMut::new(&mut self.scratch);
+        let turns = Turns::new(weights.rows, 2 * PANEL_ROWS, n_workers);
         self.pool.run(|w| {
             // SAFETY: each worker takes its own.
             let scratch = unsafe { &mut scratch.part(w..w + 1)[0] };
-            let rows = share(weights.rows, LANES, w, n_workers);
-            // SAFETY: the rows of different workers are disjoint.
-            unsafe { product(kernels, &Job { weights: *weights, rows, acts, out }, scratch) };
+            for rows in turns.of(w) {
+                // SAFETY: the rows of different turns are disjoint.
+                unsafe { product(kernels, &Job { weights: *weights, rows, acts, out }, scratch) };
+            }
         });
     }
 
@@ -223,14 +256,16 @@ impl Compute {
         u_acts.reset(kind, n_tokens, d_inner);
         let halves = [layer.weights.slice(0..d_inner), layer.weights.slice(d_inner..2 * d_inner)];
         let to = u_acts.writer();
+        let unit = channel_unit(kind);
         let z_out = Out::blocked(mixer.z.numbers_mut(), n_tokens);
         let u_out = Out::blocked(mixer.u.numbers_mut(), n_tokens);
         let (kernels, n_workers) = (self.kernels, self.pool.n_workers());
         let scratch = SharedMut::new(&mut self.scratch);
+        let turns = Turns::new(d_inner, unit, n_workers);
         self.pool.run(|w| {
             // SAFETY: each worker takes its own.
             let scratch = unsafe { &mut scratch.part(w..w + 1)[0] };
-            for c in units(share(d_inner, channel_unit(kind), w, n_workers), kind) {
+            for c in turns.of(w).flat_map(|own| units(own, unit)) {
                 let blocks = c.start / LANES..c.end.div_ceil(LANES);
                 // SAFETY: channels of different workers and units are disjoint and whole blocks of 16, and so are
                 // the parts made of them, each sequence's state included, which its segment borrows exclusively; each
@@ -275,14 +310,16 @@ impl Compute {
         mixer.dt.set_tokens(n_tokens);
         y_acts.reset(kind, n_tokens, d_inner);
         let (to, z) = (y_acts.writer(), mixer.z.numbers());
+        let unit = channel_unit(kind);
         let dt_out = Out::blocked(mixer.dt.numbers_mut(), n_tokens);
         let u_out = Out::blocked(mixer.u.numbers_mut(), n_tokens);
         let (kernels, n_workers) = (self.kernels, self.pool.n_workers());
         let scratch = SharedMut::new(&mut self.scratch);
+        let turns = Turns::new(d_inner, unit, n_workers);
         self.pool.run(|w| {
             // SAFETY: each worker takes its own.
             let scratch = unsafe { &mut scratch.part(w..w + 1)[0] };
-            for c in units(share(d_inner, channel_unit(kind), w, n_workers), kind) {
+            for c in turns.of(w).flat_map(|own| units(own, unit)) {
                 let blocks = c.start / LANES..c.end.div_ceil(LANES);
                 let numbers = blocks.start * n_tokens * LANES..blocks.end * n_tokens * LANES;
                 // SAFETY: as in `in_proj`.
@@ -310,15 +347,15 @@ impl Compute {
     }
 }
 
-/// Channels are owned in multiples of this, so that each quantization block has one owner.
+/// Channels go in pieces of this, so that each quantization block has one owner, and that a piece stays in its worker's
+/// cache between the operations on it.
 fn channel_unit(kind: ActKind) -> usize {
-    kind.block_len().max(LANES)
+    const CHANNELS: usize = 256;
+    kind.block_len().max(CHANNELS)
 }
 
-/// A worker's channels in pieces that stay in its cache between the operations on them.
-fn units(channels: Range<usize>, kind: ActKind) -> impl Iterator<Item = Range<usize>> {
-    const CHANNELS: usize = 256;
-    let unit = channel_unit(kind).max(CHANNELS);
+/// `channels` in such pieces.
+fn units(channels: Range<usize>, unit: usize) -> impl Iterator<Item = Range<usize>> {
     let end = channels.end;
     channels.step_by(unit).map(move |c| c..(c + unit).min(end))
 }

@@ -140,16 +140,28 @@ impl<F: Large> Format for InLarge<F> {
         let n_subs = 256 / F::SUB;
         for b in 0..n / 256 {
             let block = blocks.add(b * F::BYTES);
-            for j in 0..8 {
-                let code = _mm256_sub_epi8(F::codes(block, j), minus);
-                _mm256_storeu_si256(codes.add(256 * b + 32 * j).cast(), code);
-            }
+            let codes = codes.add(256 * b);
+            // One after the other by hand: as a loop it would not be unrolled, and shift by variables.
+            put_codes::<F, 0>(codes, block, minus);
+            put_codes::<F, 1>(codes, block, minus);
+            put_codes::<F, 2>(codes, block, minus);
+            put_codes::<F, 3>(codes, block, minus);
+            put_codes::<F, 4>(codes, block, minus);
+            put_codes::<F, 5>(codes, block, minus);
+            put_codes::<F, 6>(codes, block, minus);
+            put_codes::<F, 7>(codes, block, minus);
             put_scaled::<F>(scales.add(b * n_subs), F::scales(block), f16(block.add(F::D)));
             if F::HAS_MINS {
                 put_scaled::<F>(offsets.add(b * n_subs), F::mins(block), -f16(block.add(F::DMIN)));
             }
         }
     }
+}
+
+/// Stores codes `32·J..`, less `minus`.
+#[inline(always)]
+unsafe fn put_codes<F: Large, const J: usize>(to: *mut u8, block: *const u8, minus: __m256i) {
+    _mm256_storeu_si256(to.add(32 * J).cast(), _mm256_sub_epi8(F::codes(block, J), minus));
 }
 
 /// Stores one number per sub-block of a block, times `d`.
@@ -181,12 +193,19 @@ pub(super) unsafe fn product<F: Format, S: Sweep>(job: &Job<'_>, scratch: &mut S
         let n_rows = PANEL_ROWS.min(job.rows.end - row0);
         scratch.sums[..n_groups * PANEL_ROWS * LANES].fill(0.0);
         let panel = Panel::new(scratch);
+        // The next rows lie behind these: they are fetched while these are multiplied, a part with each row's part.
+        let mut next = job.weights.row(row0).as_ptr().wrapping_add(n_rows * job.weights.row_bytes());
         for k0 in (0..job.weights.cols).step_by(PANEL_COLS) {
             let n = PANEL_COLS.min(job.weights.cols - k0);
             for r in 0..n_rows {
                 let blocks =
                     job.weights.row(row0 + r)[k0 / F::BLOCK * F::BYTES..][..n / F::BLOCK * F::BYTES].as_ptr();
                 let (scales, offsets) = (panel.scales.add(r * SUBS), panel.offsets.add(r * SUBS));
+                let n_bytes = n / F::BLOCK * F::BYTES;
+                for line in 0..n_bytes.div_ceil(64) {
+                    _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(64 * line).cast());
+                }
+                next = next.wrapping_add(n_bytes);
                 F::expand(blocks, n, S::taken_off(F::BIAS), panel.codes.add(r * STRIDE), scales, offsets);
             }
             S::sweep::<F>(&panel, job, n_rows, k0, n);

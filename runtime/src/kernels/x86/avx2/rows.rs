@@ -46,6 +46,7 @@ struct SmallSums {
 }
 
 impl<F: Two> Few for SmallRow<F> {
+    const TOKENS: usize = 4;
     const ROWS: usize = 1;
 
     #[inline(always)]
@@ -171,6 +172,7 @@ struct LargeSums {
 }
 
 impl<F: Narrow> Few for LargeRow<F> {
+    const TOKENS: usize = 4;
     const ROWS: usize = 1;
 
     #[inline(always)]

@@ -168,6 +168,7 @@ struct SmallSums {
 }
 
 impl<F: Four> Few for Small<F> {
+    const TOKENS: usize = TOKENS;
     const ROWS: usize = 1;
 
     #[inline(always)]
@@ -262,6 +263,7 @@ struct LargeSums<const T: usize, const R: usize> {
 }
 
 impl<F: Wide, const R: usize> Few for Large<F, R> {
+    const TOKENS: usize = TOKENS;
     const ROWS: usize = R;
 
     #[inline(always)]
