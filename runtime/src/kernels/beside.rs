@@ -11,11 +11,10 @@
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for the contracts of `Lanes` and `Matmul` alone
 
 use super::lanes::Lanes;
-use super::matmul::{INT_PANEL_TOKENS, Job, MatrixRef, PANEL_ROWS, Scratch};
+use super::matmul::{F32_PANEL_TOKENS, INT_PANEL_TOKENS, Job, MatrixRef, PANEL_ROWS, Scratch};
 use super::memory::LANES;
 use super::table::Kernels;
 use kestrel_formats::{GgmlType, WeightType};
-use kestrel_quant::codec::scales::Scales;
 use kestrel_quant::codec::{bnb8, f16_bits, q8_0};
 
 /// Weights of one step: 16 bytes of 4-bit codes.
@@ -86,31 +85,26 @@ pub(crate) unsafe fn to_q8_0<L: Lanes>(weights: &MatrixRef<'_>, row: usize, out:
 pub(crate) unsafe fn f32_rows<L: Lanes>(
     job: &Job<'_>,
     row0: usize,
-    out: &mut [[f32; LANES]],
+    out: &mut [[f32; LANES]; F32_PANEL_TOKENS],
     n_rows: usize,
     scratch: &mut Scratch,
 ) -> bool {
     let (n_tokens, cols) = (job.acts.n_tokens(), job.weights.cols);
     let Some(scales) = job.weights.scales else { return false };
-    if job.weights.dtype == WeightType::Int8 {
+    let fits = cols.is_multiple_of(STEP) && scales.blocksize.is_multiple_of(STEP);
+    if job.weights.dtype == WeightType::Int8 || !fits {
         return false;
     }
-    let fits = cols.is_multiple_of(STEP)
-        && scales.blocksize.is_multiple_of(STEP)
-        && n_tokens * cols <= scratch.rows.len();
-    if !fits {
-        return false;
-    }
+    let x = scratch.acts(n_tokens * cols * size_of::<f32>()).cast::<f32>();
     if row0 == job.rows.start {
         for t in 0..n_tokens {
-            deinterleave(job.acts.floats(t), &mut scratch.rows[t * cols..][..cols]);
+            deinterleave(job.acts.floats(t), std::slice::from_raw_parts_mut(x.add(t * cols), cols));
         }
     }
-    for r in 0..n_rows {
-        for (t, out) in out.iter_mut().enumerate().take(n_tokens) {
-            let x = &scratch.rows[t * cols..][..cols];
-            out[r] = four_bit_dot::<L>(&job.weights, row0 + r, x);
-        }
+    match scales.round_to {
+        GgmlType::F16 => rows::<L, ToF16>(job, row0, out, n_rows, x),
+        GgmlType::Bf16 => rows::<L, ToBf16>(job, row0, out, n_rows, x),
+        _ => rows::<L, Exact>(job, row0, out, n_rows, x),
     }
     true
 }
@@ -125,57 +119,111 @@ fn deinterleave(x: &[f32], to: &mut [f32]) {
     }
 }
 
-/// A row times deinterleaved activations.
-#[inline(always)]
-unsafe fn four_bit_dot<L: Lanes>(weights: &MatrixRef<'_>, row: usize, x: &[f32]) -> f32 {
-    let (scales, first) = weights.beside(row);
-    let values = weights.dtype.code_values().expect("a 4-bit type");
-    let values = L::load(values.as_ptr());
-    match scales.round_to {
-        GgmlType::F16 => {
-            row_sum::<L>(weights.row(row), scales, first, x, |s| values.mul(L::splat(s)).to_f16())
-        }
-        GgmlType::Bf16 => {
-            row_sum::<L>(weights.row(row), scales, first, x, |s| values.mul(L::splat(s)).to_bf16())
-        }
-        _ => row_sum::<L>(weights.row(row), scales, first, x, |s| values.mul(L::splat(s))),
+/// What the library's dequantization rounds weights to.
+trait Rounding {
+    unsafe fn round<L: Lanes>(x: L) -> L;
+}
+
+struct Exact;
+struct ToF16;
+struct ToBf16;
+
+impl Rounding for Exact {
+    #[inline(always)]
+    unsafe fn round<L: Lanes>(x: L) -> L {
+        x
     }
 }
 
+impl Rounding for ToF16 {
+    #[inline(always)]
+    unsafe fn round<L: Lanes>(x: L) -> L {
+        x.to_f16()
+    }
+}
+
+impl Rounding for ToBf16 {
+    #[inline(always)]
+    unsafe fn round<L: Lanes>(x: L) -> L {
+        x.to_bf16()
+    }
+}
+
+/// Rows times the deinterleaved activations `x`, [token][column].
 #[inline(always)]
-unsafe fn row_sum<L: Lanes>(
-    codes: &[u8],
-    scales: &Scales<'_>,
-    first: usize,
-    x: &[f32],
-    table: impl Fn(f32) -> L,
-) -> f32 {
-    let mut sums = [L::splat(0.0); 4];
-    let (mut k, mut block) = (0, first / scales.blocksize);
-    while k < x.len() {
-        let end = ((block + 1) * scales.blocksize - first).min(x.len());
-        let table = table(scales.absmax.get(block));
+unsafe fn rows<L: Lanes, R: Rounding>(
+    job: &Job<'_>,
+    row0: usize,
+    out: &mut [[f32; LANES]; F32_PANEL_TOKENS],
+    n_rows: usize,
+    x: *const f32,
+) {
+    for r in 0..n_rows {
+        match job.acts.n_tokens() {
+            1 => row::<L, R, 1>(job, row0 + r, x, out, r),
+            2 => row::<L, R, 2>(job, row0 + r, x, out, r),
+            _ => row::<L, R, 3>(job, row0 + r, x, out, r),
+        }
+    }
+}
+
+/// Row `row` times `T` tokens, to `out[token][r]`.
+#[inline(always)]
+unsafe fn row<L: Lanes, R: Rounding, const T: usize>(
+    job: &Job<'_>,
+    row: usize,
+    x: *const f32,
+    out: &mut [[f32; LANES]; F32_PANEL_TOKENS],
+    r: usize,
+) {
+    let (scales, first) = job.weights.beside(row);
+    let (cols, blocksize) = (job.weights.cols, scales.blocksize);
+    let codes = job.weights.row(row).as_ptr();
+    let values = job.weights.dtype.code_values().expect("a 4-bit type");
+    let values = L::load(values.as_ptr());
+    let mut sums = [[L::splat(0.0); 4]; T];
+    let (mut k, mut block) = (0, first / blocksize);
+    while k < cols {
+        let end = ((block + 1) * blocksize - first).min(cols);
+        let table = R::round(values.mul(L::splat(scales.absmax.get(block))));
         // Both are multiples of 32 within the row.
         while k + 2 * STEP <= end {
-            add_step(table, &codes[k / 2..][..LANES], &x[k..][..STEP], &mut sums, 0);
-            add_step(table, &codes[(k + STEP) / 2..][..LANES], &x[k + STEP..][..STEP], &mut sums, 2);
+            if (k / 2).is_multiple_of(64) {
+                L::fetch_ahead(codes.add(k / 2));
+            }
+            add_step::<L, T>(table, codes, x, cols, k, &mut sums, 0);
+            add_step::<L, T>(table, codes, x, cols, k + STEP, &mut sums, 2);
             k += 2 * STEP;
         }
         if k < end {
-            add_step(table, &codes[k / 2..][..LANES], &x[k..][..STEP], &mut sums, 0);
+            add_step::<L, T>(table, codes, x, cols, k, &mut sums, 0);
             k += STEP;
         }
         block += 1;
     }
-    sums[0].add(sums[1]).add(sums[2].add(sums[3])).sum()
+    for t in 0..T {
+        let [a, b, c, d] = sums[t];
+        out[t][r] = a.add(b).add(c.add(d)).sum();
+    }
 }
 
-/// 32 weights into sums `at` and `at + 1`.
+/// Weights `k..k + 32` of a row into sums `at` and `at + 1`.
 #[inline(always)]
-unsafe fn add_step<L: Lanes>(table: L, codes: &[u8], x: &[f32], sums: &mut [L; 4], at: usize) {
-    let (even, odd) = table.look_up(codes.as_ptr());
-    sums[at] = even.mul_add(L::load(x.as_ptr()), sums[at]);
-    sums[at + 1] = odd.mul_add(L::load(x.as_ptr().add(LANES)), sums[at + 1]);
+unsafe fn add_step<L: Lanes, const T: usize>(
+    table: L,
+    codes: *const u8,
+    x: *const f32,
+    cols: usize,
+    k: usize,
+    sums: &mut [[L; 4]; T],
+    at: usize,
+) {
+    let (even, odd) = table.look_up(codes.add(k / 2));
+    for t in 0..T {
+        let x = x.add(t * cols + k);
+        sums[t][at] = even.mul_add(L::load(x), sums[t][at]);
+        sums[t][at + 1] = odd.mul_add(L::load(x.add(LANES)), sums[t][at + 1]);
+    }
 }
 
 /// Sixteen weights of an int8 row from their codes, exactly as they are dequantized.

@@ -137,8 +137,8 @@ pub(crate) struct Scratch {
     pub sums: Aligned<f32>,
     /// Integer products of tiles of 16 rows by 16 tokens.
     pub tiles: Aligned<i32>,
-    /// Activations of few tokens in the order of a type's codes; see [`Self::acts`].
-    #[cfg(target_arch = "x86_64")]
+    /// Activations of few tokens in the order of a type's codes; see [`Self::acts`]. Whoever needs them there puts them
+    /// there at the beginning of a job.
     acts: Aligned<u8>,
     /// Rows of a matrix of bitsandbytes as Q8_0; empty where there is none.
     pub blocks: Vec<u8>,
@@ -153,14 +153,12 @@ impl Scratch {
             scales: Aligned::zeroed(PANEL_COLS / 16 * PANEL_ROWS * 2),
             sums: Aligned::zeroed(n_tokens.next_multiple_of(LANES) * PANEL_ROWS),
             tiles: Aligned::zeroed(2 * TILE_SUBS * LANES * LANES),
-            #[cfg(target_arch = "x86_64")]
             acts: Aligned::zeroed(0),
             blocks: Vec::new(),
         }
     }
 
     /// Room for `n_bytes`, which grows with the first products.
-    #[cfg(target_arch = "x86_64")]
     pub fn acts(&mut self, n_bytes: usize) -> *mut u8 {
         if self.acts.len() < n_bytes {
             self.acts = Aligned::zeroed(n_bytes);
@@ -170,9 +168,9 @@ impl Scratch {
 }
 
 /// From this many tokens on, weights are expanded into a panel that all tokens share; with int8 activations.
-pub(crate) const INT_PANEL_TOKENS: usize = 8;
+pub(crate) const INT_PANEL_TOKENS: usize = 9;
 /// The same with f32 activations.
-const F32_PANEL_TOKENS: usize = 4;
+pub(crate) const F32_PANEL_TOKENS: usize = 4;
 
 /// Weights of any type times f32 activations.
 #[inline(always)]
@@ -197,28 +195,33 @@ unsafe fn f32_rows<L: Lanes>(job: &Job<'_>, row0: usize, n_rows: usize, scratch:
         match job.weights.dtype {
             WeightType::Ggml(GgmlType::F32) => {
                 let load = |k| L::load(bytes.add(4 * k).cast());
-                dots::<L>(job, row0 + r, 0, job.weights.cols, load, |t, sum| out[t][r] = sum);
+                let fetch = |k| fetch_lines::<L>(bytes.add(4 * k), 4);
+                dots::<L>(job, row0 + r, 0..job.weights.cols, load, fetch, |t, sum| out[t][r] = sum);
             }
             WeightType::Ggml(GgmlType::F16) => {
                 let load = |k| L::load_f16(bytes.add(2 * k));
-                dots::<L>(job, row0 + r, 0, job.weights.cols, load, |t, sum| out[t][r] = sum);
+                let fetch = |k| fetch_lines::<L>(bytes.add(2 * k), 2);
+                dots::<L>(job, row0 + r, 0..job.weights.cols, load, fetch, |t, sum| out[t][r] = sum);
             }
             WeightType::Ggml(GgmlType::Bf16) => {
                 let load = |k| L::load_bf16(bytes.add(2 * k));
-                dots::<L>(job, row0 + r, 0, job.weights.cols, load, |t, sum| out[t][r] = sum);
+                let fetch = |k| fetch_lines::<L>(bytes.add(2 * k), 2);
+                dots::<L>(job, row0 + r, 0..job.weights.cols, load, fetch, |t, sum| out[t][r] = sum);
             }
             WeightType::Int8 => {
                 let (scales, first) = job.weights.beside(row0 + r);
                 let scale = scales.absmax.get(first / scales.blocksize);
                 let load = |k| beside::int8_weights::<L>(bytes.add(k), scale);
-                dots::<L>(job, row0 + r, 0, job.weights.cols, load, |t, sum| out[t][r] = sum);
+                let fetch = |k| fetch_lines::<L>(bytes.add(k), 1);
+                dots::<L>(job, row0 + r, 0..job.weights.cols, load, fetch, |t, sum| out[t][r] = sum);
             }
             _ => {
                 for k0 in (0..job.weights.cols).step_by(PANEL_COLS) {
                     let n = PANEL_COLS.min(job.weights.cols - k0);
                     job.weights.expand(row0 + r, k0, &mut scratch.rows[..n]);
                     let rows = scratch.rows.as_ptr();
-                    dots::<L>(job, row0 + r, k0, n, |k| L::load(rows.add(k)), |t, sum| out[t][r] += sum);
+                    let load = |k| L::load(rows.add(k));
+                    dots::<L>(job, row0 + r, k0..k0 + n, load, |_| {}, |t, sum| out[t][r] += sum);
                 }
             }
         }
@@ -228,26 +231,35 @@ unsafe fn f32_rows<L: Lanes>(job: &Job<'_>, row0: usize, n_rows: usize, scratch:
     }
 }
 
-/// The dot product of columns `k0..k0 + n` of a row with every token; `load(k)` gives the row's numbers
-/// `k0 + k..k0 + k + 16`, and is called only where all 16 exist.
+/// Fetches ahead for the next 64 numbers at `p`, of `size` bytes each.
+#[inline(always)]
+fn fetch_lines<L: Lanes>(p: *const u8, size: usize) {
+    for line in 0..size {
+        L::fetch_ahead(p.wrapping_add(64 * line));
+    }
+}
+
+/// The dot product of some columns of a row with every token; `load(k)` gives the row's numbers `k..k + 16` from the
+/// first of these columns on, and is called only where all 16 exist; `fetch(k)` is told of every 64 of them.
 #[inline(always)]
 unsafe fn dots<L: Lanes>(
     job: &Job<'_>,
     row: usize,
-    k0: usize,
-    n: usize,
+    columns: Range<usize>,
     load: impl Fn(usize) -> L,
+    fetch: impl Fn(usize),
     mut each: impl FnMut(usize, f32),
 ) {
-    let whole = n / LANES * LANES;
+    let (k0, whole) = (columns.start, columns.len() / LANES * LANES);
     for t in 0..job.acts.n_tokens() {
-        let x = &job.acts.floats(t)[k0..k0 + n];
+        let x = &job.acts.floats(t)[columns.clone()];
         let mut sums = [L::splat(0.0); 4];
         let mut k = 0;
         while k + 4 * LANES <= whole {
-            for (i, sum) in sums.iter_mut().enumerate() {
+            fetch(k);
+            for i in 0..4 {
                 let k = k + i * LANES;
-                *sum = load(k).mul_add(L::load(x.as_ptr().add(k)), *sum);
+                sums[i] = load(k).mul_add(L::load(x.as_ptr().add(k)), sums[i]);
             }
             k += 4 * LANES;
         }

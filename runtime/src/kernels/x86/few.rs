@@ -73,21 +73,26 @@ pub(super) unsafe fn four_blocks(p: *const u8, block_bytes: usize, n: usize) -> 
 
 /// Fetches what will be needed some time after `p`: step `i` of `n` over `n_bytes` at `p`, of which a line at a time is
 /// fetched between the products; a row of fetches would fill the buffers for misses and hold up everything behind it.
-/// Each line is called twice: into the second-level cache while it is on the page after this one, since the processor's
-/// own prefetching ends with each page, and into the first-level cache shortly before it is used.
 #[inline(always)]
 pub(super) fn fetch_ahead(p: *const u8, n_bytes: usize, i: usize, n: usize) {
-    const NEAR_BYTES: usize = 2048;
-    const FAR_BYTES: usize = NEAR_BYTES + 3072;
     let lines = n_bytes / 64;
     for line in i * lines / n..(i + 1) * lines / n {
-        let p = p.wrapping_add(64 * line);
-        // Else the compiler brings all loads of a step together, which costs up to a quarter of the speed.
-        compiler_fence(Ordering::SeqCst);
-        // SAFETY: SSE is part of x86-64; a prefetch accesses nothing that a program can see.
-        unsafe {
-            _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(NEAR_BYTES).cast());
-            _mm_prefetch::<_MM_HINT_T1>(p.wrapping_add(FAR_BYTES).cast());
-        }
+        fetch_line(p.wrapping_add(64 * line));
+    }
+}
+
+/// Fetches what follows the line at `p` at two distances, each into a cache of its own: the processor's own prefetching
+/// ends with each page, so a line is called into the second-level cache while it is on the page after this one, and
+/// into the first-level cache shortly before it is used.
+#[inline(always)]
+pub(super) fn fetch_line(p: *const u8) {
+    const NEAR_BYTES: usize = 2048;
+    const FAR_BYTES: usize = NEAR_BYTES + 3072;
+    // Else the compiler brings all loads of a step together, which costs up to a quarter of the speed.
+    compiler_fence(Ordering::SeqCst);
+    // SAFETY: SSE is part of x86-64; a prefetch accesses nothing that a program can see.
+    unsafe {
+        _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(NEAR_BYTES).cast());
+        _mm_prefetch::<_MM_HINT_T1>(p.wrapping_add(FAR_BYTES).cast());
     }
 }
