@@ -210,7 +210,9 @@ impl<'a> Out<'a> {
         let to = unsafe { self.numbers.part(start..start + values.len()) };
         if self.add {
             to.iter_mut().zip(values).for_each(|(to, v)| *to += v);
-        } else if let (Ok(to), Ok(values)) = (<&mut [f32; LANES]>::try_from(&mut *to), <&[f32; LANES]>::try_from(values)) {
+        } else if let (Ok(to), Ok(values)) =
+            (<&mut [f32; LANES]>::try_from(&mut *to), <&[f32; LANES]>::try_from(values))
+        {
             *to = *values; // no call for what nearly always is one vector
         } else {
             to.copy_from_slice(values);

@@ -198,7 +198,8 @@ unsafe fn multiply<F: Format, const G: usize>(
 ) {
     let weights = panel.codes.add(r * STRIDE + sub * F::SUB);
     let n = if two { 2 } else { 1 };
-    let x = each!([std::ptr::null::<i8>(); G], j => acts[j].codes[at * LANES..][..n * F::SUB * LANES].as_ptr());
+    let x =
+        each!([std::ptr::null::<i8>(); G], j => acts[j].codes[at * LANES..][..n * F::SUB * LANES].as_ptr());
     load::<6>(weights, STRIDE);
     load::<4>(x[0].cast(), 64);
     dot::<0, 6, 4>();

@@ -273,7 +273,8 @@ unsafe fn codes64<F: Narrow, const T: usize, const V: usize>(
         let codes = F::codes32(p, V, half);
         let scale = F::spread_scales(scales, V, half);
         for i in 0..T {
-            let products = _mm256_madd_epi16(F::pairs(codes, F::x32(x[i].codes.add(256 * b), V, half)), scale);
+            let products =
+                _mm256_madd_epi16(F::pairs(codes, F::x32(x[i].codes.add(256 * b), V, half)), scale);
             dots[i][half] = _mm256_add_epi32(dots[i][half], products);
         }
     }

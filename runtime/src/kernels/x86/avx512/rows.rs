@@ -51,8 +51,7 @@ unsafe fn places(job: &Job<'_>, scratch: &mut Scratch) -> [Token; INT_PANEL_TOKE
     let cols = job.weights.cols.next_multiple_of(256);
     let stride = 2 * cols + (cols / 8).next_multiple_of(64) + 64;
     let to = scratch.acts(INT_PANEL_TOKENS * stride).cast::<i8>();
-    let mut tokens =
-        [Token { codes: to, extra: to, sums: to, scales: std::ptr::null() }; INT_PANEL_TOKENS];
+    let mut tokens = [Token { codes: to, extra: to, sums: to, scales: std::ptr::null() }; INT_PANEL_TOKENS];
     for t in 0..job.acts.n_tokens() {
         let codes = to.add(t * stride);
         let scales = job.acts.scales(t).as_ptr();
@@ -287,13 +286,7 @@ impl<F: Wide, const R: usize> Few for Large<F, R> {
                 large_blocks::<F, T, R>(p.add(b * F::BYTES), &tokens, b, FOUR, &mut sums);
             }
             if whole < n_blocks {
-                large_blocks::<F, T, R>(
-                    p.add(whole * F::BYTES),
-                    &tokens,
-                    whole,
-                    n_blocks - whole,
-                    &mut sums,
-                );
+                large_blocks::<F, T, R>(p.add(whole * F::BYTES), &tokens, whole, n_blocks - whole, &mut sums);
             }
         }
         for i in 0..T {
