@@ -1,4 +1,5 @@
-//! Reads a file with another library, for a comparison of readers: `peer_reads candle|safetensors FILE`.
+//! Reads a file with another library, for a comparison of readers: `kestrel-peer-candle candle|safetensors FILE`.
+#![forbid(unsafe_code)]
 
 use candle_core::quantized::gguf_file;
 use std::error::Error;
@@ -19,7 +20,7 @@ fn main() -> Result<(), Box<dyn Error>> {
                 let _ = view.data().len();
             }
         }
-        _ => return Err("usage: peer_reads candle|safetensors FILE".into()),
+        _ => return Err("usage: kestrel-peer-candle candle|safetensors FILE".into()),
     }
     Ok(())
 }
