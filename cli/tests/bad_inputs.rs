@@ -1,6 +1,7 @@
 //! The table of bad inputs against the binary: each in a child process with limits, judged by its exit status, its
 //! error, the heap and time that it took, and what it left behind. Whatever else is asked of the binary about such an
 //! input must end cleanly too.
+#![forbid(unsafe_code)]
 
 use kestrel_formats::ErrorKind;
 use kestrel_tests::bad_input::{Action, Case, Expect, Files, table};

@@ -4,7 +4,7 @@
 //!
 //! The faults are injected by strace (Debian's package of that name), so these tests are ignored unless asked for:
 //! `cargo test --release -p kestrel-cli --test faults -- --include-ignored`, as `.ci/run` does.
-
+#![forbid(unsafe_code)]
 #![allow(clippy::print_stdout)] // a test says how much it tried
 
 use kestrel_tests::bad_input::with_vocabulary;

@@ -80,10 +80,15 @@ fn codes(n: usize) -> Vec<u8> {
 
 /// A sound checkpoint's tensors and config.json; in_proj and out_proj are packed.
 pub fn sound(kind: Kind) -> (Tensors, Value) {
+    sound_of(&HPARAMS, kind)
+}
+
+/// The same with these hyperparameters.
+pub fn sound_of(h: &HyperParams, kind: Kind) -> (Tensors, Value) {
     let mut tensors = Tensors::new();
-    for (spec, layer) in arch::tensors(&HPARAMS, false) {
+    for (spec, layer) in arch::tensors(h, false) {
         let name = spec.hf_name(layer);
-        let shape: Vec<u64> = (spec.hf_shape)(&HPARAMS).iter().map(|&d| d as u64).collect();
+        let shape: Vec<u64> = (spec.hf_shape)(h).iter().map(|&d| d as u64).collect();
         let n = shape.iter().product::<u64>() as usize;
         if matches!(spec.role, Role::SsmIn | Role::SsmOut) {
             pack(&mut tensors, &name, [shape[0], shape[1]], kind);
@@ -94,7 +99,12 @@ pub fn sound(kind: Kind) -> (Tensors, Value) {
             tensors.insert(name, Stored { shape, ..f32_list(numbers) });
         }
     }
-    (tensors, config(kind))
+    let mut config = config(h);
+    config["quantization_config"] = json!({
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": kind != Kind::Int8, "load_in_8bit": kind == Kind::Int8,
+    });
+    (tensors, config)
 }
 
 fn pack(tensors: &mut Tensors, name: &str, [rows, cols]: [u64; 2], kind: Kind) {
@@ -132,8 +142,8 @@ fn pack(tensors: &mut Tensors, name: &str, [rows, cols]: [u64; 2], kind: Kind) {
     put(&suffix, u8_list(state.to_string().into_bytes()));
 }
 
-fn config(kind: Kind) -> Value {
-    let h = &HPARAMS;
+/// config.json of an unquantized model.
+pub fn config(h: &HyperParams) -> Value {
     json!({
         "architectures": ["FalconMambaForCausalLM"], "model_type": "falcon_mamba", "torch_dtype": "float16",
         "hidden_size": h.d_model, "intermediate_size": h.d_inner, "num_hidden_layers": h.n_layer,
@@ -141,9 +151,5 @@ fn config(kind: Kind) -> Value {
         "vocab_size": h.vocab_size, "hidden_act": "silu", "layer_norm_epsilon": 1e-5, "mixer_rms_eps": 1e-6,
         "use_bias": false, "use_conv_bias": true, "tie_word_embeddings": false,
         "bos_token_id": 0, "eos_token_id": 11, "pad_token_id": 11,
-        "quantization_config": {
-            "quant_method": "bitsandbytes",
-            "load_in_4bit": kind != Kind::Int8, "load_in_8bit": kind == Kind::Int8,
-        },
     })
 }

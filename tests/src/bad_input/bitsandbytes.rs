@@ -152,6 +152,7 @@ fn four_bit_cases() -> impl Iterator<Item = Case> {
             ("B05 nan", third(".absmax", f32::NAN), Reject(NotFinite)),
             ("B05 inf", third(".absmax", f32::INFINITY), Reject(NotFinite)),
             ("B05 negative", third(".absmax", -1.0), Reject(NotFinite)),
+            ("B05 beyond_f16", third(".absmax", 65536.0), Reject(NotFinite)),
             ("B06 map_short", cut(".quant_map", 4), Reject(Inconsistent)),
             ("B06 other_map", other_map, Reject(Inconsistent)),
             ("B06 no_map", without(".quant_map"), Reject(Missing)),
@@ -208,19 +209,18 @@ fn nested_cases() -> impl Iterator<Item = Case> {
 fn int8_cases() -> impl Iterator<Item = Case> {
     use Kind::*;
     let part = |part: &str| format!("{}{part}", MATRIX.trim_end_matches("weight"));
-    let (scales, again, format) = (part("SCB"), part("SCB"), part("weight_format"));
+    let (scales, format) = (part("SCB"), part("weight_format"));
+    let first_scale = |x: f32| {
+        let scales = part("SCB");
+        tensors(move |t| t.get_mut(&scales).expect("scales").bytes[..4].copy_from_slice(&x.to_le_bytes()))
+    };
     rows(
         Packing::Int8,
         vec![
             ("B12 no_scales", tensors(move |t| drop(t.remove(&scales).expect("scales"))), Reject(Missing)),
-            (
-                "B12 scale_nan",
-                tensors(move |t| {
-                    let scales = t.get_mut(&again).expect("scales");
-                    scales.bytes[..4].copy_from_slice(&f32::NAN.to_le_bytes());
-                }),
-                Reject(NotFinite),
-            ),
+            ("B12 scale_nan", first_scale(f32::NAN), Reject(NotFinite)),
+            // Times a code it is infinite.
+            ("B12 scale_beyond_f32", first_scale(1e37), Reject(NotFinite)),
             (
                 "B12 other_format",
                 tensors(move |t| t.get_mut(&format).expect("a format").bytes[0] = 1),
