@@ -15,6 +15,10 @@ use std::process::{Command, Output, Stdio};
 /// 101 million weights in the matrices: 403 MB as F32, 201 MB as BF16.
 const LARGE: HyperParams = HyperParams { d_model: 2048, d_inner: 4096, n_layer: 4, ..HPARAMS };
 const F32_BYTES: u64 = 4 * 4 * 3 * 2048 * 4096;
+/// What a conversion with two threads may have: their stacks, and pieces on their way.
+const CONVERT_BYTES: u64 = 24 << 20;
+/// What running has beside the weights: stacks, and buffers for 512 tokens.
+const RUN_BYTES: u64 = 80 << 20;
 
 fn write_json(dir: &TempDir, config: &Value) {
     dir.file("config.json", config.to_string().as_bytes());
@@ -71,7 +75,7 @@ fn converting_a_folder_of_bitsandbytes_takes_less_than_its_weights() {
     write_json(&dir, &config);
     dir.file("model.safetensors", &to_bytes(&tensors));
     for ty in ["q8_0", "q4_0"] {
-        takes(&dir, F32_BYTES / 4, &["convert", ".", "-o", "out.gguf", "--type", ty, "--force"]);
+        takes(&dir, CONVERT_BYTES, &["convert", ".", "-o", "out.gguf", "--type", ty, "--force"]);
     }
 }
 
@@ -79,7 +83,7 @@ fn converting_a_folder_of_bitsandbytes_takes_less_than_its_weights() {
 fn writing_a_folder_of_bitsandbytes_takes_less_than_its_weights() {
     let dir = zeros();
     for ty in ["bnb-nf4", "bnb-int8"] {
-        takes(&dir, F32_BYTES / 4, &["convert", ".", "-o", "out", "--type", ty, "--force"]);
+        takes(&dir, CONVERT_BYTES, &["convert", ".", "-o", "out", "--type", ty, "--force"]);
     }
 }
 
@@ -91,9 +95,9 @@ fn quantizing_at_load_takes_the_quantized_weights_and_little_more() {
     let nf4 = ["--load-in-4bit", "--bnb-4bit-quant-type", "nf4"];
     let double = ["--load-in-4bit", "--bnb-4bit-quant-type", "nf4", "--bnb-4bit-use-double-quant"];
     let int8 = ["--load-in-8bit", "--quant-type", "int8"];
-    // Codes and scales of 64 weights each; codes; and room for threads, buffers and the pieces on their way.
+    // Codes, and scales of 64 weights each; codes.
     let (four, eight) = (F32_BYTES / 8 + F32_BYTES / 64, F32_BYTES / 4);
     for (weights, flags) in [(four, &nf4[..]), (four, &double[..]), (eight, &int8[..])] {
-        takes(&dir, weights + (96 << 20), &[&prompt[..], flags].concat());
+        takes(&dir, weights + RUN_BYTES, &[&prompt[..], flags].concat());
     }
 }
