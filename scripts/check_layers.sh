@@ -33,10 +33,38 @@ while IFS= read -r hit; do
         *) echo "unsafe outside its places: $hit" >&2; fail=1 ;;
     esac
 done <<<"$hits"
-for crate in formats quant convert runtime cli tests; do
+for crate in formats quant convert runtime cli tests fuzz; do
     blocks=$(grep -cE "^$crate/[^:]*:[0-9]+:.*\bunsafe \{" <<<"$hits" || true)
     others=$(grep -cE "^$crate/[^:]*:[0-9]+:.*\bunsafe (fn|impl|extern|trait)" <<<"$hits" || true)
     echo "$crate: $blocks unsafe blocks, $others unsafe functions and impls"
 done
+
+# Every crate, tests, examples and benchmarks included: one without unsafe code forbids it, any other denies it outside
+# the modules that say so. A block without its reason is denied by the workspace's lints, which every package takes.
+grep -q '^undocumented_unsafe_blocks = "deny"' Cargo.toml || { echo "undocumented unsafe blocks are not denied" >&2; fail=1; }
+cargo metadata --no-deps --format-version 1 --locked | python3 -c '
+import json, pathlib, re, sys
+failed = False
+def complain(path, what):
+    global failed
+    failed = True
+    print(f"{path}: {what}", file=sys.stderr)
+forbid, deny = [], []
+for package in json.load(sys.stdin)["packages"]:
+    manifest = pathlib.Path(package["manifest_path"])
+    if not re.search(r"^\[lints\]\nworkspace = true", manifest.read_text(), re.M):
+        complain(manifest, "does not take the workspace lints")
+    for target in package["targets"]:
+        root = pathlib.Path(target["src_path"])
+        own = root.name in ("lib.rs", "main.rs")
+        sources = root.parent.rglob("*.rs") if own else [root]
+        code = "\n".join(re.sub(r"//.*", "", source.read_text()) for source in sources)
+        wanted = "deny" if re.search(r"\bunsafe (\{|fn|impl|extern|trait)", code) else "forbid"
+        (deny if wanted == "deny" else forbid).append(package["name"] + ":" + target["name"])
+        if f"#![{wanted}(unsafe_code)]" not in root.read_text():
+            complain(root, f"does not {wanted} unsafe code")
+print("unsafe code is forbidden in", ", ".join(forbid))
+print("unsafe code is denied, but in some modules, in", ", ".join(deny))
+sys.exit(failed)' || fail=1
 
 exit $fail

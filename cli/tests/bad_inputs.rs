@@ -1,6 +1,7 @@
 //! The table of bad inputs against the binary: each in a child process with limits, judged by its exit status, its
 //! error, the heap and time that it took, and what it left behind. Whatever else is asked of the binary about such an
 //! input must end cleanly too.
+#![forbid(unsafe_code)]
 
 use kestrel_formats::ErrorKind;
 use kestrel_tests::bad_input::{Action, Case, Expect, Files, table};
@@ -146,10 +147,13 @@ fn run(action: Action, input: &Path, dir: &TempDir) -> End {
     }
 }
 
-/// What every end must be, whatever the input: a known status, one error if it failed and then no file.
-fn clean(end: &End) -> Result<(), String> {
+/// What every end must be, whatever the input: a known status, one error if it failed, and no file unless it succeeded at
+/// writing one.
+fn clean(action: Action, end: &End) -> Result<(), String> {
+    let writes = matches!(action, Action::Logits | Action::Convert | Action::Imatrix);
     match end.status {
-        Some(0) => Ok(()),
+        Some(0) if writes && end.left == ["output"] || end.left.is_empty() => Ok(()),
+        Some(0) => Err(format!("succeeded and left {:?}", end.left)),
         Some(status @ 2..=4) => {
             let error = end.error().ok_or_else(|| format!("no error on stderr: {}", end.stderr))?;
             if error["exit_status"] != status || end.stderr.lines().any(|l| !l.starts_with(['w', '{'])) {
@@ -183,7 +187,7 @@ fn computes(case: &Case) -> bool {
 
 /// Whether a case ended as its row says.
 fn as_expected(case: &Case, end: &End, input_bytes: u64) -> Result<(), String> {
-    clean(end)?;
+    clean(case.action, end)?;
     let base = if computes(case) { WORKING_HEAP_BYTES } else { HEAP_BYTES };
     let budget = base + case.heap_factor * input_bytes;
     if end.heap_bytes > budget {
@@ -231,7 +235,7 @@ fn judge(case: &Case) -> Result<String, String> {
     }
     for action in other_actions(case) {
         let end = run(action, &path, &dir);
-        clean(&end).map_err(|problem| format!("{action:?}: {problem}"))?;
+        clean(action, &end).map_err(|problem| format!("{action:?}: {problem}"))?;
         for left in &end.left {
             std::fs::remove_file(dir.path().join(left)).expect("removing an output");
         }

@@ -1,5 +1,6 @@
 //! A model file that changes while text is generated from it: truncated, overwritten or replaced. Each ends in one line
 //! and exit status 3, and no text that was not the model's is printed before.
+#![forbid(unsafe_code)]
 
 use kestrel_tests::running::convert;
 use kestrel_tests::temp_dir::TempDir;

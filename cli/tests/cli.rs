@@ -1,4 +1,5 @@
 //! The binary as users and scripts meet it: child processes, their exit status, stdout and stderr.
+#![forbid(unsafe_code)]
 
 use serde_json::Value as Json;
 use std::ffi::OsStr;

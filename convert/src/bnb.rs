@@ -12,7 +12,7 @@ use kestrel_formats::atomic_file::AtomicFile;
 use kestrel_formats::atomic_folder::AtomicFolder;
 use kestrel_formats::checkpoint::write::{Layout, TensorDecl, layout};
 use kestrel_formats::checkpoint::{Checkpoint, Dtype, INDEX_NAME, SINGLE_NAME, SourceTensor};
-use kestrel_formats::limits::{BNB_BLOCKSIZES, TOKENIZER_BYTES_MAX};
+use kestrel_formats::limits::BNB_BLOCKSIZES;
 use kestrel_formats::map::open_regular;
 use kestrel_formats::{Error, ErrorKind, GgmlType, Result, WeightType};
 use kestrel_quant::codec::scales::{NESTED_BLOCKSIZE, dynamic_map, quantize_scales};
@@ -275,20 +275,7 @@ impl BnbPlan {
             texts.push((INDEX_NAME.to_owned(), pretty(&index)));
         }
         for name in COMPANIONS {
-            let path = source.dir().join(name);
-            let file = match open_regular(&path) {
-                Err(e) if matches!(e.kind(), ErrorKind::Io | ErrorKind::NotRegularFile) => continue,
-                file => file?,
-            };
-            let mut bytes = Vec::new();
-            file.take(TOKENIZER_BYTES_MAX + 1)
-                .read_to_end(&mut bytes)
-                .map_err(|e| Error::io(&path, "reading the file", e))?;
-            if bytes.len() as u64 > TOKENIZER_BYTES_MAX {
-                return Err(Error::new(ErrorKind::Limit)
-                    .file(&path)
-                    .expected(format!("at most {TOKENIZER_BYTES_MAX} bytes")));
-            }
+            let Some(bytes) = source.companion(name)? else { continue };
             texts.push((name.to_owned(), bytes));
         }
         Ok(texts)

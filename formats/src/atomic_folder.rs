@@ -87,8 +87,8 @@ pub fn check_target_folder(target: &Path, force: bool) -> Result<(PathBuf, bool)
     }
     let entries = std::fs::read_dir(&real).map_err(|e| Error::io(&real, "reading the output folder", e))?;
     for entry in entries {
-        let entry = entry.map_err(|e| Error::io(&real, "reading the output folder", e))?;
-        if entry.path().is_dir() {
+        let kind = entry.and_then(|entry| entry.file_type());
+        if kind.map_err(|e| Error::io(&real, "reading the output folder", e))?.is_dir() {
             return Err(not_a_model("a folder with folders in it"));
         }
     }

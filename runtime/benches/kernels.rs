@@ -5,7 +5,7 @@
 //! The matrix has a quarter of ssm_in's rows. Up to four tokens the weights are what costs: several copies of the
 //! matrix, together larger than a cache, are used in turn, and the figure is their bytes. From nine tokens on it is
 //! multiply-adds. `KESTREL_ISA` forces an instruction set and `KESTREL_BENCH_THREADS` a number of threads.
-
+#![forbid(unsafe_code)]
 #![allow(missing_docs)]
 
 use criterion::measurement::{Measurement, ValueFormatter};

@@ -1,5 +1,6 @@
 //! Dequantizes every tensor of a GGUF file for the peer tests: `dequantize FILE.gguf OUT` writes OUT/NAME.f32, raw
 //! little-endian.
+#![forbid(unsafe_code)]
 
 use kestrel_formats::gguf::Gguf;
 use kestrel_quant::codec::codec;

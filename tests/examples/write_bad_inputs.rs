@@ -1,6 +1,7 @@
 //! Writes the table of bad inputs as files, for peers: `write_bad_inputs DIR` fills DIR with one folder per case,
 //! `EXPECTED.GROUP.NAME`, where EXPECTED is `accept`, `reject-KIND`, or `either-KIND` for what is sound and yet not
 //! supported here. `write_bad_inputs --fuzz DIR` writes them as seeds, one folder per fuzz target.
+#![forbid(unsafe_code)]
 
 use kestrel_formats::ErrorKind;
 use kestrel_tests::bad_input::{Action, Case, Expect, Files, table, with_vocabulary};

@@ -3,8 +3,11 @@
 
 use crate::alloc_count::peak_during;
 use crate::bad_input::{SMALL, with_vocabulary};
+use crate::bnb_builder::{self, Kind, MATRIX};
 use crate::checkpoint_builder::{CheckpointBuilder, safetensors};
 use crate::gguf_builder::{GgufBuilder, Raw, RawTensor};
+use crate::load_reference::dequantized;
+use crate::safetensors::{Stored, Tensors, to_bytes};
 use crate::temp_dir::TempDir;
 use arbitrary::Unstructured;
 use kestrel_formats::checkpoint::{Checkpoint, safetensors_tensors};
@@ -19,6 +22,7 @@ use kestrel_runtime::kernels::{ActKind, Acts, Compute, Isa, MatrixRef, Then};
 use kestrel_runtime::state::StateShape;
 use kestrel_runtime::tokenizer::Tokenizer;
 use kestrel_runtime::{Model, Runner, RunnerOptions, State};
+use serde_json::{Value, json};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -27,12 +31,13 @@ use std::path::Path;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub const TARGETS: [Target; 13] = [
+pub const TARGETS: [Target; 14] = [
     ("gguf_container", gguf_container),
     ("gguf_struct", gguf_struct),
     ("gguf_model", gguf_model),
     ("safetensors_header", safetensors_header),
     ("checkpoint_folder", checkpoint_folder),
+    ("bnb_state", bnb_state),
     ("tokenizer_json", tokenizer_json),
     ("tokenizer_text", tokenizer_text),
     ("chat_template", chat_template),
@@ -276,6 +281,169 @@ pub fn checkpoint_folder(bytes: &[u8]) {
         let mut logits = vec![0.0; model.hparams().vocab_size];
         Runner::new(&model, &options).expect("a runner").forward(&mut model.new_state(), &[0], &mut logits);
     });
+}
+
+/// A sound checkpoint of bitsandbytes after up to three changes to what one matrix is made of. No weight of what is
+/// accepted is larger than promised, and every instruction set runs the model to the bits of plain Rust's logits.
+pub fn bnb_state(bytes: &[u8]) {
+    let mut input = Unstructured::new(bytes);
+    let Ok((tensors, config, isa)) = mutated_bnb(&mut input) else { return };
+    in_folder(|dir| {
+        for (name, bytes) in
+            [("config.json", config.to_string().into_bytes()), ("model.safetensors", to_bytes(&tensors))]
+        {
+            dir.file(name, &bytes);
+        }
+        for other in ["model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"] {
+            let _ = std::fs::remove_file(dir.path().join(other)); // another target's, or none
+        }
+        let Ok(checkpoint) = Checkpoint::open(dir.path()) else { return };
+        for t in checkpoint.tensors() {
+            let Some(state) = &t.state else { continue };
+            // Codes of int8 go down to -128/127, and rounding to bf16 may add half a unit of its last place.
+            let most = state.largest * (128.0 / 127.0) * (1.0 + 1.0 / 256.0);
+            for w in dequantized(&checkpoint, t) {
+                assert!(w.is_finite() && w.abs() <= most, "{}: {w} beyond {most}", t.name);
+            }
+        }
+        let Ok(model) = Model::from_checkpoint(&checkpoint, &Default::default()) else { return };
+        for precise in [false, true] {
+            let run = |isa| {
+                let options = RunnerOptions { isa: Some(isa), threads: 1, precise, chunk: 9 };
+                let mut runner = Runner::new(&model, &options).expect("a runner");
+                let (mut state, mut logits) = (model.new_state(), vec![0.0; model.hparams().vocab_size]);
+                runner.forward(&mut state, &[0, 1, 2, 3, 4, 5, 6, 7, 8], &mut logits);
+                let mut all = bits(&logits);
+                runner.forward(&mut state, &[9], &mut logits);
+                all.extend(bits(&logits));
+                all
+            };
+            assert_eq!(run(isa), run(Isa::Scalar), "{}, precise {precise}", isa.name());
+        }
+    });
+}
+
+/// The tensors, the configuration, and an instruction set that the machine has.
+fn mutated_bnb(input: &mut Unstructured) -> arbitrary::Result<(Tensors, Value, Isa)> {
+    let (mut tensors, config) =
+        bnb_builder::sound(*input.choose(&[Kind::Nf4, Kind::Fp4Nested, Kind::Int8])?);
+    let isa = *input.choose(&Isa::all_supported())?;
+    let module = MATRIX.trim_end_matches("weight");
+    for _ in 0..input.int_in_range(0..=3)? {
+        let parts: Vec<String> = tensors.keys().filter(|name| name.starts_with(module)).cloned().collect();
+        if parts.is_empty() {
+            break;
+        }
+        let name = input.choose(&parts)?;
+        let is_state = name.contains("quant_state");
+        let mut part = tensors[name].clone();
+        match input.int_in_range(0..=9u8)? {
+            0 => {
+                tensors.remove(name);
+                continue;
+            }
+            1 => {
+                const SUFFIXES: [&str; 9] = [
+                    "weight",
+                    "weight.absmax",
+                    "weight.quant_map",
+                    "weight.nested_absmax",
+                    "weight.nested_quant_map",
+                    "weight.quant_state.bitsandbytes__nf4",
+                    "weight.quant_state.bitsandbytes__fp4",
+                    "SCB",
+                    "weight_format",
+                ];
+                tensors.insert(format!("{module}{}", input.choose(&SUFFIXES)?), part);
+                continue;
+            }
+            2 => {
+                part.dtype = (*input.choose(&["U8", "I8", "F16", "BF16", "F32", "I64", "F64"])?).to_owned();
+                reshape(&mut part);
+            }
+            3 => {
+                part.shape = (0..input.int_in_range(0..=3usize)?)
+                    .map(|_| input.int_in_range(0..=300u64))
+                    .collect::<arbitrary::Result<_>>()?;
+                let n = part.shape.iter().product::<u64>() * width(&part.dtype);
+                part.bytes.resize(n.min(1 << 16) as usize, 0x35);
+            }
+            4 => {
+                part.bytes.resize(input.int_in_range(0..=part.bytes.len() + 64)?, 0x35);
+                reshape(&mut part);
+            }
+            5 if is_state => {
+                part.bytes = some_bytes(input, 200)?;
+                reshape(&mut part);
+            }
+            6..=9 if is_state => {
+                let mut state: Value = serde_json::from_slice(&part.bytes).unwrap_or_default();
+                if let Some(fields) = state.as_object_mut() {
+                    change_state(fields, input)?;
+                }
+                part.bytes = state.to_string().into_bytes();
+                reshape(&mut part);
+            }
+            _ => {
+                let n = part.bytes.len().min(input.len()).min(64);
+                let at = input.choose_index(part.bytes.len().max(1))?.min(part.bytes.len() - n);
+                part.bytes[at..at + n].copy_from_slice(input.bytes(n)?);
+            }
+        }
+        tensors.insert(name.clone(), part);
+    }
+    Ok((tensors, config, isa))
+}
+
+fn width(dtype: &str) -> u64 {
+    match dtype {
+        "U8" | "I8" => 1,
+        "F16" | "BF16" => 2,
+        "F32" => 4,
+        _ => 8,
+    }
+}
+
+/// One dimension, as many numbers as there are whole ones.
+fn reshape(part: &mut Stored) {
+    let n = part.bytes.len() as u64 / width(&part.dtype);
+    part.bytes.truncate((n * width(&part.dtype)) as usize);
+    part.shape = vec![n];
+}
+
+/// Sets, adds or takes out a field of a quant state; with another block size the scales may or may not be as many.
+fn change_state(
+    fields: &mut serde_json::Map<String, Value>,
+    input: &mut Unstructured,
+) -> arbitrary::Result<()> {
+    const FIELDS: [&str; 8] = [
+        "quant_type",
+        "blocksize",
+        "dtype",
+        "shape",
+        "nested_blocksize",
+        "nested_dtype",
+        "nested_offset",
+        "other",
+    ];
+    let field = (*input.choose(&FIELDS)?).to_owned();
+    let value = match input.int_in_range(0..=8u8)? {
+        0 => {
+            fields.remove(&field);
+            return Ok(());
+        }
+        1 => json!(*input.choose(&[0, 1, 32, 63, 64, 128, 256, 4096, 1 << 31, u64::MAX])?),
+        2 => json!(f64::from(input.arbitrary::<f32>()?)),
+        3 => json!(*input.choose(&["nf4", "fp4", "float16", "bfloat16", "float32", "int8", ""])?),
+        4 => json!([input.int_in_range(0..=300u64)?, input.int_in_range(0..=300u64)?]),
+        // Other rows and columns of as many weights.
+        5 => json!(*input.choose(&[[32, 128], [64, 64], [4096, 1], [1, 4096], [2, 2048]])?),
+        6 => json!([input.arbitrary::<u64>()?, input.arbitrary::<u64>()?]),
+        7 => json!(*input.choose(&[1e38, -1e38, 1e-40, -0.5])?),
+        _ => Value::Null,
+    };
+    fields.insert(field, value);
+    Ok(())
 }
 
 /// A tokenizer.json. What is accepted encodes a text to ids of its vocabulary.

@@ -6,6 +6,7 @@
 pub mod alloc_count;
 pub mod bad_input;
 pub mod bitsandbytes;
+pub mod bnb_builder;
 pub mod checkpoint_builder;
 pub mod fuzz;
 pub mod gguf_builder;

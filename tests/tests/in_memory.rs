@@ -1,5 +1,6 @@
 //! What needs no file, no thread and no system call, small enough for Miri: `scripts/sanitizers.sh miri` interprets these
 //! tests on this machine's architecture and on a big-endian one. They run natively as well.
+#![forbid(unsafe_code)]
 #![allow(missing_docs)]
 
 use kestrel_formats::GgmlType;

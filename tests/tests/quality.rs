@@ -1,10 +1,11 @@
 //! What quantization costs: KL divergence to the F32 model's logits on text that the tiny model never saw.
 #![allow(clippy::print_stderr)] // the table is for people to read
 
-use kestrel_quant::recipe::FileType;
+use kestrel_formats::WeightType;
+use kestrel_quant::recipe::{Bnb, FileType};
 use kestrel_runtime::evaluate::{Divergence, Perplexity, log_softmax, scored, windows};
 use kestrel_runtime::kernels::Isa;
-use kestrel_runtime::{Model, Runner};
+use kestrel_runtime::{LoadOptions, Model, Quantize, Runner};
 use kestrel_tests::goldens::{data_dir, tiny_dir};
 use kestrel_tests::running::{converted, on};
 use kestrel_tests::temp_dir::TempDir;
@@ -20,6 +21,25 @@ const LLAMA_CPP: [(&str, f64); 14] = [
     ("q5_k_m", 0.002626), ("q5_0", 0.002950), ("q4_1", 0.008775), ("q4_k_m", 0.007545), ("iq4_nl", 0.007755),
     ("q4_0", 0.010163), ("iq4_xs", 0.008194), ("q3_k_m", 0.031168), ("q2_k", 0.133494),
 ];
+
+/// What bitsandbytes makes, quantized at load; the folders that `convert --type` writes hold the same matrices.
+#[rustfmt::skip]
+const BITSANDBYTES: [(&str, WeightType, bool); 5] = [
+    ("bnb-nf4", WeightType::Nf4, false), ("bnb-nf4 --double-quant", WeightType::Nf4, true),
+    ("bnb-fp4", WeightType::Fp4, false), ("bnb-fp4 --double-quant", WeightType::Fp4, true),
+    ("bnb-int8", WeightType::Int8, false),
+];
+
+/// The tiny model quantized as a name of [`FileType`] or [`BITSANDBYTES`] says.
+fn quantized(dir: &TempDir, name: &str) -> Model {
+    let Some(&(_, dtype, double_quant)) = BITSANDBYTES.iter().find(|(known, ..)| *known == name) else {
+        let (model, path) = converted(dir, &tiny_dir(), name);
+        std::fs::remove_file(path).expect("removing the file"); // what is mapped stays
+        return model;
+    };
+    let quantize = Some(Quantize::Bnb(Bnb { dtype, blocksize: 64, double_quant }));
+    Model::open(&tiny_dir(), &LoadOptions { quantize, progress: None }).expect("a model")
+}
 
 /// Calls `each(window, position, log-probabilities)` for every scored position of the text.
 fn each_scored(model: &Model, tokens: &[u32], mut each: impl FnMut(usize, usize, &[f64])) {
@@ -60,16 +80,17 @@ fn every_type_diverges_as_recorded_and_no_more_than_llama_cpp() {
     let recorded: Value = std::fs::read_to_string(&path)
         .map_or(Value::Null, |t| serde_json::from_str(&t).expect("recorded.json is JSON"));
     let (mut failures, mut measured) = (Vec::new(), serde_json::Map::new());
-    eprintln!("type      PPL      mean KL             median    99 %      same top-1   llama.cpp   recorded");
-    for file_type in FileType::all().map(FileType::name).filter(|&name| name != "f32") {
-        let (model, path) = converted(&dir, &tiny_dir(), file_type);
-        let (ppl, s) = against(&model, &tokens, &base_log_probs);
-        std::fs::remove_file(path).expect("removing the file");
+    eprintln!(
+        "type                    PPL      mean KL             median    99 %      same top-1   llama.cpp   recorded"
+    );
+    let names = FileType::all().map(FileType::name).filter(|&name| name != "f32");
+    for file_type in names.chain(BITSANDBYTES.map(|(name, ..)| name)) {
+        let (ppl, s) = against(&quantized(&dir, file_type), &tokens, &base_log_probs);
         let kl = s.mean_kl.value;
         let peer = LLAMA_CPP.iter().find(|(name, _)| *name == file_type).map(|(_, kl)| *kl);
         let ours = recorded["mean_kl"][file_type].as_f64();
         eprintln!(
-            "{file_type:8} {:.3}  {kl:.7} ± {:.7}  {:.6}  {:.6}  {:.2} %      {peer:?}  {ours:?}",
+            "{file_type:22} {:.3}  {kl:.7} ± {:.7}  {:.6}  {:.6}  {:.2} %      {peer:?}  {ours:?}",
             ppl,
             s.mean_kl.standard_error,
             s.median_kl,

@@ -26,6 +26,12 @@ const CHECK_BYTES: usize = 1 << 20;
 /// How far a stored code value may be from the library's, which is computed in several ways there.
 const QUANT_MAP_TOLERANCE: f32 = 1e-6;
 
+/// The largest numbers of the types that weights are rounded to.
+const F16_MAX: f32 = 65504.0;
+const BF16_MAX: f32 = f32::from_bits(0x7f7f_0000);
+/// Weights of int8 are `code * scale / 127`, whose product has to be finite as well.
+const INT8_SCALE_MAX: f32 = f32::MAX / 128.0;
+
 /// What makes numbers of a matrix of codes: `weight = value(code) * scale`, one scale for `blocksize` consecutive
 /// weights, whatever rows they are in.
 #[derive(Clone, Debug, PartialEq)]
@@ -231,10 +237,11 @@ impl Parts<'_> {
         if text("quant_type") != Some(quant_type) {
             return Err(wrong(ErrorKind::Inconsistent, "quant_type").expected(format!("\"{quant_type}\"")));
         }
-        let dtype = match text("dtype") {
-            Some("float32") => GgmlType::F32,
-            Some("float16") => GgmlType::F16,
-            Some("bfloat16") => GgmlType::Bf16,
+        // No code is beyond 1, so that no weight is larger than its scale.
+        let (dtype, most) = match text("dtype") {
+            Some("float32") => (GgmlType::F32, f32::MAX),
+            Some("float16") => (GgmlType::F16, F16_MAX),
+            Some("bfloat16") => (GgmlType::Bf16, BF16_MAX),
             _ => return Err(wrong(ErrorKind::UnknownType, "dtype").expected("float32, float16 or bfloat16")),
         };
         let blocksize = |name: &str| {
@@ -273,7 +280,7 @@ impl Parts<'_> {
         let (nested, largest) = match self.find(&format!("{}.nested_absmax", t.name)) {
             None => {
                 self.check_list(absmax, Dtype::F32, n_blocks)?;
-                (None, self.check_scales(absmax, 0.0)?)
+                (None, self.check_scales(absmax, 0.0, most)?)
             }
             Some(nested_absmax) => {
                 self.check_list(absmax, Dtype::U8, n_blocks)?;
@@ -286,7 +293,7 @@ impl Parts<'_> {
                     return Err(wrong(ErrorKind::Unsupported, "nested_dtype").expected("\"float32\""));
                 }
                 self.check_list(nested_absmax, Dtype::F32, n_blocks.div_ceil(blocksize))?;
-                let largest = self.check_scales(nested_absmax, offset)?;
+                let largest = self.check_scales(nested_absmax, offset, most)?;
                 let map = self.part(t, &format!("{}.nested_quant_map", t.name))?;
                 (
                     Some(Nested {
@@ -312,7 +319,7 @@ impl Parts<'_> {
         };
         let scales = self.part(t, &format!("{module}.SCB"))?;
         self.check_list(scales, Dtype::F32, rows)?;
-        let largest = self.check_scales(scales, 0.0)?;
+        let largest = self.check_scales(scales, 0.0, INT8_SCALE_MAX)?;
         if let Some(format) = self.find(&format!("{module}.weight_format")) {
             self.check_list(format, Dtype::U8, 1)?;
             let bytes = self.read(format)?;
@@ -390,22 +397,23 @@ impl Parts<'_> {
             .found(format!("{} {:?}", t.dtype, t.shape)))
     }
 
-    /// Every scale is finite and not negative, and still finite after `offset` is added. Returns the largest then.
-    fn check_scales(&self, t: &RawTensor, offset: f32) -> Result<f32> {
+    /// No scale is negative, and after `offset` is added none is above `most`. Returns the largest then.
+    fn check_scales(&self, t: &RawTensor, offset: f32, most: f32) -> Result<f32> {
         let mut largest = 0f32;
         let mut bytes = Vec::new();
         let mut done = 0;
         while done < t.place.n_bytes {
             bytes.resize((t.place.n_bytes - done).min(CHECK_BYTES as u64) as usize, 0);
             self.read_at(t, done, &mut bytes)?;
-            let bad = f32s(&bytes).position(|x| x < 0.0 || !(x + offset.abs()).is_finite());
+            // A NaN is in no range.
+            let bad = f32s(&bytes).position(|x| !(x >= 0.0 && x + offset.abs() <= most));
             if let Some(i) = bad {
                 let found = f32s(&bytes).nth(i).unwrap_or(f32::NAN);
                 let at = t.place.offset + done + 4 * i as u64;
                 return Err(self
                     .error(ErrorKind::NotFinite, t)
                     .at(at)
-                    .expected("finite scales, not negative")
+                    .expected(format!("scales of finite weights: from 0 to {most:e}"))
                     .found(found));
             }
             largest = f32s(&bytes).fold(largest, f32::max);

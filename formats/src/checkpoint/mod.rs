@@ -16,7 +16,7 @@ pub use header::safetensors_tensors;
 
 use crate::arch::{self, HyperParams, Storage};
 use crate::json::shorten;
-use crate::limits::{CONFIG_BYTES_MAX, INDEX_BYTES_MAX, SHARDS_MAX};
+use crate::limits::{CONFIG_BYTES_MAX, INDEX_BYTES_MAX, SHARDS_MAX, TOKENIZER_BYTES_MAX};
 use crate::map::Map;
 use crate::tokenizer::TokenizerData;
 use crate::{Error, ErrorKind, GgmlType, Result, WeightType};
@@ -163,6 +163,11 @@ impl Checkpoint {
             None => checkpoint.warnings.push("the folder has no tokenizer.json".to_owned()),
         }
         Ok(checkpoint)
+    }
+
+    /// The bytes of another file of the folder, at most as large as a tokenizer may be; `None` if there is none.
+    pub fn companion(&self, name: &str) -> Result<Option<Vec<u8>>> {
+        Ok(Folder::open(&self.dir)?.read(name, TOKENIZER_BYTES_MAX)?.map(|(_, bytes)| bytes))
     }
 
     /// The folder.

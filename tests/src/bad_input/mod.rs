@@ -2,9 +2,11 @@
 //! the table in `cli/tests/bad_inputs.rs`, the fuzz targets start from it, and peers get the same files from
 //! `examples/write_bad_inputs.rs`.
 //!
-//! Names carry the number of the case in the matrix: G a GGUF file, S safetensors, I an index, C a configuration, T a
-//! tokenizer, X a file of another kind. The group `llama.cpp` has the names of that project's own test.
+//! Names carry the number of the case in the matrix: G a GGUF file, S safetensors, I an index, C a configuration, B a
+//! checkpoint of bitsandbytes, T a tokenizer, X a file of another kind. The group `llama.cpp` has the names of that
+//! project's own test.
 
+mod bitsandbytes;
 mod checkpoint;
 mod container;
 mod files;
@@ -160,6 +162,7 @@ pub fn table() -> Vec<Case> {
     cases.extend(weights::cases());
     cases.extend(safetensors::cases());
     cases.extend(checkpoint::cases());
+    cases.extend(bitsandbytes::cases());
     cases.extend(tokenizer::cases());
     cases.extend(template::cases());
     cases.extend(other_files::cases());

@@ -4,6 +4,7 @@
 //!
 //! Both use as many threads as the machine has. One
 //! token reads several copies of the matrix in turn, which no cache holds together.
+#![forbid(unsafe_code)]
 
 use candle_core::quantized::{GgmlDType, QMatMul, QStorage, QTensor};
 use candle_core::{Device, Module, Tensor};

@@ -1,5 +1,6 @@
 //! What gguf-rs makes of GGUF files. `read FILE...` prints JSON lines: for each file one for its header and metadata,
 //! then one per tensor.
+#![forbid(unsafe_code)]
 
 use gguf_rs::{GGMLType, get_gguf_container_array_size};
 use serde_json::json;
