@@ -3,6 +3,8 @@
 mod bench;
 mod convert;
 mod demo;
+mod diff;
+mod eval;
 mod imatrix;
 mod inspect;
 mod logits;
@@ -27,6 +29,8 @@ pub enum Command {
     Bench(bench::BenchArgs),
     Perplexity(perplexity::PerplexityArgs),
     Imatrix(imatrix::ImatrixArgs),
+    Eval(eval::EvalArgs),
+    Diff(diff::DiffArgs),
     Verify(verify::VerifyArgs),
 }
 
@@ -43,6 +47,8 @@ pub fn run(command: Command) -> Outcome {
         Command::Bench(args) => bench::run(&args),
         Command::Perplexity(args) => perplexity::run(&args),
         Command::Imatrix(args) => imatrix::run(&args),
+        Command::Eval(args) => eval::run(&args),
+        Command::Diff(args) => diff::run(&args),
         Command::Verify(args) => verify::run(&args),
     }
 }
