@@ -252,6 +252,7 @@ impl KlBase {
         match out.iter().all(|p| *p < 0.1) {
             true => Ok(()),
             false => Err(Error::new(ErrorKind::NotFinite)
+                .file(self.map.path())
                 .at(start)
                 .what(format!("log-probabilities of position {i}"))
                 .expected("numbers that are not positive")

@@ -121,7 +121,7 @@ fn bases() -> Vec<Case> {
     vec![
         b("valid_base_llama_cpp", Accept, true, |_| {}),
         b("valid_base_f32", Accept, false, |_| {}),
-        b("X40 base_empty", Reject(Truncated), true, Vec::clear),
+        b("X40 base_empty", RejectAt(BadMagic, 0), true, Vec::clear),
         b("X41 base_magic", RejectAt(BadMagic, 0), true, |b| b[0] = b'-'),
         b("X42 base_in_head", Reject(Truncated), true, |b| b.truncate(19)),
         b("X43 base_in_head_f32", Reject(Truncated), false, |b| b.truncate(11)),
