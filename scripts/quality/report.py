@@ -23,9 +23,8 @@ def table(files):
     print("| type | imatrix | bits per weight | 7B file | mean KL | same top token | perplexity "
           "| llama-quantize: mean KL | same top token | perplexity |")
     print("|---|---|---|---|---|---|---|---|---|---|")
-    ours = [f for f in d.FILES if f.maker == d.KESTREL]
-    order = {f.name: i for i, f in reversed(list(enumerate(ours)))}
-    for f in sorted(ours, key=lambda f: (order[f.name], f.imatrix)):
+    ours = [f for f in d.FILES if f.maker == d.KESTREL and key(f) in files]
+    for f in sorted(ours, key=lambda f: (-files[key(f)]["7b"]["file_bytes"], f.name, f.imatrix)):
         mine = files[key(f)]
         theirs = files.get(key(f._replace(maker=d.LLAMA)))
         size = mine["7b"]
@@ -39,8 +38,9 @@ def figures(m):
 
 
 def plot(files):
-    size = {f.name: files[key(f)]["7b"]["file_bytes"] / 1e9 for f in d.FILES if f.maker == d.KESTREL}
-    points = [(f, size[f.name], files[key(f)]["mean_kl"]) for f in d.FILES if f.name not in ("bf16", "f16")]
+    known = [f for f in d.FILES if key(f) in files and f.name not in ("bf16", "f16")]
+    size = {f.name: files[key(f)]["7b"]["file_bytes"] / 1e9 for f in known if f.maker == d.KESTREL}
+    points = [(f, size[f.name], files[key(f)]["mean_kl"]) for f in known]
     x_max = math.ceil(max(x for _, x, _ in points))
     x_min = math.floor(min(x for _, x, _ in points))
     y_min, y_max = (round_to(math.log10(y(kl for *_, kl in points)))
