@@ -25,7 +25,7 @@ struct Writer {
     args: &'static [&'static str],
 }
 
-const WRITERS: [Writer; 6] = [
+static WRITERS: [Writer; 6] = [
     Writer { name: "convert", args: &["convert", "hf", "-o", "out", "--type", "q8_0", "--threads", "1"] },
     Writer {
         name: "quantize",
@@ -69,6 +69,12 @@ const WRITERS: [Writer; 6] = [
         ],
     },
 ];
+
+/// All of them; `KESTREL_ONLY_WRITER` picks one while working on it.
+fn writers() -> impl Iterator<Item = &'static Writer> {
+    let only = std::env::var("KESTREL_ONLY_WRITER").ok();
+    WRITERS.iter().filter(move |w| only.as_ref().is_none_or(|name| name == w.name))
+}
 
 /// A folder with the inputs of every writer.
 fn folder() -> TempDir {
@@ -175,7 +181,7 @@ fn inject(call: &str, what: &str, k: usize) -> Vec<String> {
 #[test]
 #[ignore = "needs strace"]
 fn killed_at_every_system_call() {
-    for writer in &WRITERS {
+    for writer in writers() {
         let golden = golden(writer);
         let points: Vec<(&str, usize, bool)> = golden
             .calls
@@ -232,7 +238,7 @@ fn failed_in_the_loader(done: &Output) -> bool {
 #[test]
 #[ignore = "needs strace"]
 fn every_system_call_on_a_file_fails() {
-    for writer in &WRITERS {
+    for writer in writers() {
         let golden = golden(writer);
         let mut points = Vec::new();
         for (call, errors) in FAILING {
@@ -270,7 +276,7 @@ fn every_system_call_on_a_file_fails() {
 /// With a file-size limit, a full device, a folder that cannot be written: an error with status 3, and nothing is left.
 #[test]
 fn places_that_take_no_file() {
-    for writer in &WRITERS {
+    for writer in writers() {
         let golden_dir = folder();
         let done = run(writer, &golden_dir, &[], false);
         assert!(done.status.success(), "{}: {}", writer.name, String::from_utf8_lossy(&done.stderr));
@@ -307,7 +313,7 @@ fn places_that_take_no_file() {
 #[test]
 #[ignore = "needs strace"]
 fn little_memory() {
-    for writer in &WRITERS {
+    for writer in writers() {
         let golden = golden(writer);
         let sizes: Vec<u32> = (0..40).map(|i| 512 + 256 * i).collect(); // KiB
         try_all(&sizes, |kib| {
@@ -336,7 +342,7 @@ fn little_memory() {
 /// An output holds nothing of what was in memory before: with memory that malloc fills with other bytes it is the same.
 #[test]
 fn memory_does_not_leak_into_an_output() {
-    for writer in &WRITERS {
+    for writer in writers() {
         let outputs = [165, 90].map(|fill| {
             let dir = folder();
             let done = Command::new(env!("CARGO_BIN_EXE_kestrel"))
