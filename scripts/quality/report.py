@@ -66,15 +66,18 @@ def plot(files):
     out.append(f'<text x="{(LEFT + W) / 2}" y="{H - 8}" text-anchor="middle">size of a 7B file, GB</text>')
     out.append(f'<text x="14" y="{H / 2}" text-anchor="middle" transform="rotate(-90 14 {H / 2})">'
                "mean KL divergence from F32, nats (tiny model)</text>")
-    labelled = set()
+    labels = {}
     for f, x, kl in points:
         px, py = at(x, kl)
         colour, filled, _ = SERIES[f.maker, f.imatrix]
         out.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4" stroke="{colour}" stroke-width="1.5" '
                    f'fill="{colour if filled else "none"}"/>')
-        if f.maker == d.KESTREL and f.name not in labelled:
-            labelled.add(f.name)
-            out.append(f'<text x="{px + 7:.1f}" y="{py - 5:.1f}" fill="#444">{f.name}</text>')
+        if f.maker == d.KESTREL and f.name not in labels:
+            # On the left where there is one on the right already.
+            taken = any(abs(px - x) < 60 and abs(py - y) < 14 for x, y in labels.values())
+            labels[f.name] = px, py
+            out.append(f'<text x="{px - 7 if taken else px + 7:.1f}" y="{py - 5:.1f}" '
+                       f'text-anchor="{"end" if taken else "start"}" fill="#444">{f.name}</text>')
     for i, (colour, filled, name) in enumerate(SERIES.values()):
         y = TOP + 18 + 18 * i
         out.append(f'<circle cx="{W - 240}" cy="{y}" r="4" stroke="{colour}" stroke-width="1.5" '
