@@ -91,7 +91,7 @@ pub struct ConversionArgs {
     #[arg(long, value_name = "REGEX=TYPE", value_parser = parse_override)]
     pub tensor_type: Vec<(String, GgmlType)>,
 
-    /// Importance matrix of llama-imatrix, GGUF or .dat
+    /// Importance matrix of kestrel imatrix or llama-imatrix, GGUF or .dat
     #[arg(long, value_name = "FILE")]
     pub imatrix: Option<PathBuf>,
 

@@ -36,7 +36,7 @@ struct Writer {
 const WRITER: Writer = Writer { name: "", args: &[], streams: None, folder: false };
 
 /// To have a command's faults tried, add it here.
-const WRITERS: [Writer; 6] = [
+static WRITERS: [Writer; 7] = [
     Writer {
         name: "convert",
         args: &["convert", "hf", "-o", "out", "--type", "q8_0", "--threads", "1"],
@@ -79,6 +79,11 @@ const WRITERS: [Writer; 6] = [
         ..WRITER
     },
     Writer {
+        name: "imatrix",
+        args: &["imatrix", "m.gguf", "-f", "text", "-c", "8", "-o", "out", "--threads", "1"],
+        ..WRITER
+    },
+    Writer {
         name: "kl base",
         args: &[
             "perplexity",
@@ -95,6 +100,12 @@ const WRITERS: [Writer; 6] = [
         ..WRITER
     },
 ];
+
+/// All of them; `KESTREL_ONLY_WRITER` picks one while working on it.
+fn writers() -> impl Iterator<Item = &'static Writer> {
+    let only = std::env::var("KESTREL_ONLY_WRITER").ok();
+    WRITERS.iter().filter(move |w| only.as_ref().is_none_or(|name| name == w.name))
+}
 
 /// A folder with the inputs of every writer.
 fn folder() -> TempDir {
@@ -239,7 +250,7 @@ fn inject(call: &str, what: &str, k: usize) -> Vec<String> {
 #[test]
 #[ignore = "needs strace"]
 fn killed_at_every_system_call() {
-    for writer in &WRITERS {
+    for writer in writers() {
         let golden = golden(writer);
         let points: Vec<(&str, usize, bool)> = golden
             .calls
@@ -300,7 +311,7 @@ fn failed_in_the_loader(done: &Output) -> bool {
 #[test]
 #[ignore = "needs strace"]
 fn every_system_call_on_a_file_fails() {
-    for writer in &WRITERS {
+    for writer in writers() {
         let golden = golden(writer);
         let mut points = Vec::new();
         for (call, errors) in FAILING {
@@ -340,7 +351,7 @@ fn every_system_call_on_a_file_fails() {
 /// With a file-size limit, a full device, a folder that cannot be written: an error with status 3, and nothing is left.
 #[test]
 fn places_that_take_no_file() {
-    for writer in &WRITERS {
+    for writer in writers() {
         let golden_dir = folder();
         let done = run(writer, &golden_dir, &[], false);
         assert!(done.status.success(), "{}: {}", writer.name, String::from_utf8_lossy(&done.stderr));
@@ -377,7 +388,7 @@ fn a_read_only_folder() {
     let open =
         |path: &Path, mode| std::fs::set_permissions(path, Permissions::from_mode(mode)).expect("a mode");
     open(tools.path(), 0o755);
-    for writer in &WRITERS {
+    for writer in writers() {
         let dir = folder();
         open(dir.path(), 0o555);
         let mut command = Command::new(&binary);
@@ -446,7 +457,7 @@ fn little_memory() {
         }
     };
     let mut n_ended = 0;
-    for writer in &WRITERS {
+    for writer in writers() {
         let golden = golden(writer);
         let judge = |dir: &TempDir, done: &Output| {
             intact(dir, None, &golden).and_then(|()| match done.status.success() == output(dir).is_some() {
@@ -479,7 +490,7 @@ fn little_memory() {
 /// An output holds nothing of what was in memory before: with memory that malloc fills with other bytes it is the same.
 #[test]
 fn memory_does_not_leak_into_an_output() {
-    for writer in &WRITERS {
+    for writer in writers() {
         let outputs = [165, 90].map(|fill| {
             let dir = folder();
             let done = Command::new(env!("CARGO_BIN_EXE_kestrel"))
@@ -499,7 +510,7 @@ fn memory_does_not_leak_into_an_output() {
 /// Without --force one is done and one is refused; with it, over an earlier output, both are done.
 #[test]
 fn two_writers_of_one_output() {
-    for writer in &WRITERS {
+    for writer in writers() {
         let golden = {
             let dir = folder();
             assert!(run(writer, &dir, &[], false).status.success());
@@ -561,7 +572,7 @@ fn an_input_that_changes_during_the_conversion() {
         }),
         ("removed", |shard| std::fs::remove_file(shard).expect("removing")),
     ];
-    let streamed = WRITERS.iter().filter_map(|w| Some((w, w.streams?)));
+    let streamed = writers().filter_map(|w| Some((w, w.streams?)));
     let cases: Vec<_> = streamed.flat_map(|(w, input)| changes.map(|change| (w, input, change))).collect();
     try_all(&cases, |(writer, input, (name, change))| {
         let dir = folder();

@@ -12,6 +12,7 @@ mod gguf_files;
 #[allow(unsafe_code)] // a process that reads too far, on purpose
 mod guard_pages;
 mod kernels;
+mod measuring;
 mod peers_formats;
 mod quality;
 mod reference;

@@ -3,6 +3,9 @@
 mod bench;
 mod convert;
 mod demo;
+mod diff;
+mod eval;
+mod imatrix;
 mod inspect;
 mod logits;
 mod perplexity;
@@ -25,6 +28,9 @@ pub enum Command {
     Tokenize(tokenize::TokenizeArgs),
     Bench(bench::BenchArgs),
     Perplexity(perplexity::PerplexityArgs),
+    Imatrix(imatrix::ImatrixArgs),
+    Eval(eval::EvalArgs),
+    Diff(diff::DiffArgs),
     Verify(verify::VerifyArgs),
 }
 
@@ -40,6 +46,9 @@ pub fn run(command: Command) -> Outcome {
         Command::Tokenize(args) => tokenize::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Perplexity(args) => perplexity::run(&args),
+        Command::Imatrix(args) => imatrix::run(&args),
+        Command::Eval(args) => eval::run(&args),
+        Command::Diff(args) => diff::run(&args),
         Command::Verify(args) => verify::run(&args),
     }
 }
