@@ -7,6 +7,7 @@
 
 pub mod codec;
 pub mod error_measure;
+pub mod feedback;
 #[allow(unsafe_code)] // calls into code compiled for an instruction set that was found
 pub mod isa;
 pub mod recipe;
