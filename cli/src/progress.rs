@@ -1,5 +1,6 @@
 //! Progress bars on stderr; none if stderr is no terminal.
 
+use crate::output;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use kestrel_convert::{Phase, Progress};
 
@@ -24,6 +25,42 @@ impl Bar {
             self.0.set_length(total);
         }
         self.0.set_position(done);
+    }
+}
+
+/// A bar for things that are alike, such as windows of a text: how many are done, and the time left.
+pub struct Count(ProgressBar);
+
+impl Count {
+    /// A bar for `n` things called `what`, of which `done` are done.
+    pub fn new(what: &str, n: usize, done: usize) -> Self {
+        let style = ProgressStyle::with_template(&format!(
+            "{{pos}}/{{len}} {what} [{{bar:30}}] {{eta}} left {{wide_msg}}"
+        ))
+        .unwrap_or_else(|_| ProgressStyle::default_bar());
+        let bar = ProgressBar::with_draw_target(Some(n as u64), ProgressDrawTarget::stderr());
+        bar.set_style(style.progress_chars("=> "));
+        let bar = bar.with_position(done as u64);
+        bar.reset_eta();
+        Self(bar)
+    }
+
+    /// One more is done. `status` says how it stands; where no bar is drawn it is a note.
+    pub fn advance(&self, status: &str) {
+        self.0.inc(1);
+        match self.0.is_hidden() {
+            false => self.0.set_message(status.to_owned()),
+            true => {
+                let (at, n) = (self.0.position(), self.0.length().unwrap_or(0));
+                output::note(&format!("{at}/{n}, {:.0?} left: {status}", self.0.eta()));
+            }
+        }
+    }
+}
+
+impl Drop for Count {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
     }
 }
 

@@ -1,11 +1,12 @@
-//! Importance matrices: how much each column of a weight matrix matters, measured by llama-imatrix.
+//! Importance matrices: how much each column of a weight matrix matters, measured by `kestrel imatrix` or llama-imatrix.
 //!
 //! Two formats are read. The GGUF form (`general.type` is `imatrix`) has for each weight `NAME` the tensors
-//! `NAME.in_sum2`, the sums of squared inputs per column, and `NAME.counts`, how many inputs went into them. The older
-//! `.dat` form is a list of (name, number of calls, values), then the number of chunks and the data set's name.
-//! Source: llama.cpp's `tools/imatrix`.
+//! `NAME.in_sum2`, the sums of squared inputs per column, and `NAME.counts`, how many inputs went into them; this one is
+//! written too. The older `.dat` form is a list of (name, number of calls, values), then the number of chunks and the
+//! data set's name. Source: llama.cpp's `tools/imatrix`.
 
-use crate::gguf::{Gguf, TensorView};
+use crate::atomic_file::AtomicFile;
+use crate::gguf::{Gguf, TensorDecl, TensorView, Value, layout};
 use crate::limits::{GGUF_STRING_BYTES_MAX, IMATRIX_BYTES_MAX, TENSORS_MAX, WIDTH_MAX};
 use crate::map::Map;
 use crate::{Error, ErrorKind, GgmlType, Result};
@@ -15,18 +16,68 @@ use std::path::{Path, PathBuf};
 const SUMS: &str = ".in_sum2";
 const COUNTS: &str = ".counts";
 const GGUF_MAGIC: &[u8] = b"GGUF";
+const TYPE: &str = "general.type";
+const DATASETS: &str = "imatrix.datasets";
+const CHUNK_COUNT: &str = "imatrix.chunk_count";
+const CHUNK_SIZE: &str = "imatrix.chunk_size";
 
 /// The mean squared input of every column of the matrices of a model.
 #[derive(Clone, Debug)]
 pub struct Imatrix {
     path: PathBuf,
-    /// Mean squares by the weight's GGUF name. Finite and not negative.
-    entries: BTreeMap<String, Vec<f32>>,
+    /// By the weight's GGUF name.
+    entries: BTreeMap<String, Entry>,
     datasets: Vec<String>,
     chunks: Option<u32>,
+    chunk_size: Option<u32>,
+    origin: Option<Origin>,
+}
+
+/// Sums over inputs, and the means that follow. All finite and not negative.
+#[derive(Clone, Debug)]
+struct Entry {
+    sums: Vec<f32>,
+    count: f32,
+    means: Vec<f32>,
+}
+
+/// What `kestrel imatrix` measured, so that it can go on after an interruption: llama.cpp ignores these keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Origin {
+    /// The weights; equal for all quantizations of them.
+    pub model: u64,
+    /// A checksum of the tokens.
+    pub tokens: u64,
+}
+
+impl Origin {
+    const MODEL: &'static str = "kestrel.imatrix.model";
+    const TOKENS: &'static str = "kestrel.imatrix.tokens";
 }
 
 impl Imatrix {
+    /// One without entries, made from `chunks` chunks of `chunk_size` tokens of a text called `dataset`.
+    pub fn new(dataset: &str, chunks: u32, chunk_size: u32, origin: Origin) -> Self {
+        Self {
+            datasets: vec![dataset.to_owned()],
+            chunks: Some(chunks),
+            chunk_size: Some(chunk_size),
+            origin: Some(origin),
+            ..Self::empty(Path::new(""))
+        }
+    }
+
+    fn empty(path: &Path) -> Self {
+        Self {
+            path: path.to_owned(),
+            entries: BTreeMap::new(),
+            datasets: Vec::new(),
+            chunks: None,
+            chunk_size: None,
+            origin: None,
+        }
+    }
+
     /// Reads either format.
     ///
     /// Errors: whatever is wrong with the container, `Unexpected` for a GGUF file of another kind, `Missing` for sums
@@ -39,8 +90,7 @@ impl Imatrix {
                 .expected(format!("an importance matrix of at most {IMATRIX_BYTES_MAX} bytes"))
                 .found(map.len()));
         }
-        let mut out =
-            Self { path: path.to_owned(), entries: BTreeMap::new(), datasets: Vec::new(), chunks: None };
+        let mut out = Self::empty(path);
         let read =
             if map.starts_with(GGUF_MAGIC) { out.read_gguf(&Gguf::parse(map)?) } else { out.read_dat(&map) };
         read.map_err(|e| e.file(path))?;
@@ -72,23 +122,75 @@ impl Imatrix {
         self.chunks
     }
 
+    /// Tokens of a chunk, if recorded.
+    pub fn chunk_size(&self) -> Option<u32> {
+        self.chunk_size
+    }
+
+    /// The model and the text, if `kestrel imatrix` recorded them.
+    pub fn origin(&self) -> Option<Origin> {
+        self.origin
+    }
+
     /// Mean squared input per column of the weight with this GGUF name.
     pub fn for_tensor(&self, gguf_name: &str) -> Option<&[f32]> {
-        self.entries.get(gguf_name).map(Vec::as_slice)
+        self.entries.get(gguf_name).map(|e| e.means.as_slice())
+    }
+
+    /// Every weight's name, sums of squared inputs per column, and how many inputs were summed, in order of names.
+    pub fn sums(&self) -> impl Iterator<Item = (&str, &[f32], f32)> {
+        self.entries.iter().map(|(name, e)| (name.as_str(), e.sums.as_slice(), e.count))
+    }
+
+    /// Writes the GGUF form as llama-imatrix does. Errors: those of [`AtomicFile`].
+    pub fn write(&self, target: &Path, force: bool) -> Result<()> {
+        let text = |key: &str, value: Value| (key.to_owned(), value);
+        let mut pairs = vec![text(TYPE, "imatrix".into()), text(DATASETS, self.datasets.clone().into())];
+        let numbers = [(CHUNK_COUNT, self.chunks), (CHUNK_SIZE, self.chunk_size)];
+        pairs.extend(numbers.into_iter().filter_map(|(key, n)| Some(text(key, n?.into()))));
+        if let Some(origin) = self.origin {
+            let keys = [(Origin::MODEL, origin.model), (Origin::TOKENS, origin.tokens)];
+            pairs.extend(keys.map(|(key, n)| text(key, n.into())));
+        }
+        let tensor = |name: &str, suffix: &str, n: usize| TensorDecl {
+            name: format!("{name}{suffix}"),
+            dtype: GgmlType::F32,
+            shape: vec![1, n as u64],
+        };
+        let entries = || self.entries.iter();
+        let tensors: Vec<_> =
+            entries().flat_map(|(k, e)| [tensor(k, SUMS, e.sums.len()), tensor(k, COUNTS, 1)]).collect();
+        let layout = layout(&pairs, &tensors)?;
+        let mut bytes = layout.header;
+        bytes.resize(layout.file_bytes as usize, 0);
+        let values = entries().flat_map(|(_, e)| [e.sums.as_slice(), std::slice::from_ref(&e.count)]);
+        for (&(offset, _), values) in layout.tensors.iter().zip(values) {
+            let (words, _) = bytes[offset as usize..].as_chunks_mut();
+            words.iter_mut().zip(values).for_each(|(word, x)| *word = x.to_le_bytes());
+        }
+        let file = AtomicFile::create(target, layout.file_bytes, force)?;
+        file.write_at(0, &bytes)?;
+        file.commit(|_| Ok(()))
     }
 
     fn read_gguf(&mut self, file: &Gguf) -> Result<()> {
-        let kind = file.metadata().str("general.type")?;
+        let kind = file.metadata().str(TYPE)?;
         if kind != Some("imatrix") {
             return Err(Error::new(ErrorKind::Unexpected)
-                .what("key \"general.type\"")
+                .what(format!("key \"{TYPE}\""))
                 .expected("\"imatrix\"")
                 .found(kind.map_or("none".to_owned(), |k| {
                     format!("\"{}\"", k.chars().take(64).collect::<String>())
                 })));
         }
-        self.chunks = file.metadata().u32("imatrix.chunk_count")?;
-        if let Some(datasets) = file.metadata().strings("imatrix.datasets")? {
+        self.chunks = file.metadata().u32(CHUNK_COUNT)?;
+        self.chunk_size = file.metadata().u32(CHUNK_SIZE)?;
+        if let (Some(model), Some(tokens)) =
+            (file.metadata().u64(Origin::MODEL)?, file.metadata().u64(Origin::TOKENS)?)
+        {
+            self.origin = Some(Origin { model, tokens });
+        }
+        if let Some(datasets) = file.metadata().strings(DATASETS)? {
             self.datasets = datasets.iter().map(|d| String::from_utf8_lossy(d).into_owned()).collect();
         }
         for info in file.tensors() {
@@ -139,25 +241,27 @@ impl Imatrix {
         Ok(())
     }
 
-    /// Turns sums into means. Nothing counted says nothing: every column is then alike.
-    fn insert(&mut self, name: String, mut sums: Vec<f32>, count: f32) -> Result<()> {
+    /// Adds an entry: sums of squared inputs per column of the weight with this GGUF name, and how many inputs were
+    /// summed. Nothing counted says nothing: every column is then alike.
+    ///
+    /// Errors: `NotFinite` and `OutOfRange` for numbers that are no sum of squares, `Duplicate` for a name again.
+    pub fn insert(&mut self, name: String, sums: Vec<f32>, count: f32) -> Result<()> {
         let not_a_square = |x: &f32| !x.is_finite() || *x < 0.0;
         if let Some(bad) = sums.iter().chain([&count]).find(|x| not_a_square(x)) {
             let kind = if bad.is_finite() { ErrorKind::OutOfRange } else { ErrorKind::NotFinite };
             return Err(entry_error(kind, &name).expected("finite numbers that are not negative").found(bad));
         }
-        if count > 0.0 {
-            sums.iter_mut().for_each(|x| *x /= count);
-        } else {
-            sums.fill(1.0);
-        }
+        let means: Vec<f32> = match count > 0.0 {
+            true => sums.iter().map(|x| x / count).collect(),
+            false => vec![1.0; sums.len()],
+        };
         // A count below 1 can still overflow.
-        if sums.iter().any(not_a_square) {
+        if means.iter().any(not_a_square) {
             return Err(entry_error(ErrorKind::NotFinite, &name)
                 .expected("finite means")
                 .found(format!("count {count}")));
         }
-        match self.entries.insert(name.clone(), sums) {
+        match self.entries.insert(name.clone(), Entry { sums, count, means }) {
             None => Ok(()),
             Some(_) => Err(entry_error(ErrorKind::Duplicate, &name).expected("each entry once")),
         }
@@ -233,8 +337,7 @@ mod tests {
     }
 
     fn read(bytes: &[u8]) -> Result<Imatrix> {
-        let mut out =
-            Imatrix { path: PathBuf::new(), entries: BTreeMap::new(), datasets: Vec::new(), chunks: None };
+        let mut out = Imatrix::empty(Path::new(""));
         out.read_dat(bytes).map(|()| out)
     }
 
@@ -265,5 +368,21 @@ mod tests {
         assert_eq!(kind(&dat(&[("w", 1, &[-1.0])], &[])), ErrorKind::OutOfRange);
         assert_eq!(kind(&dat(&[("w", 1, &[f32::NAN])], &[])), ErrorKind::NotFinite);
         assert_eq!(kind(&dat(&[("w", 1, &[1.0]), ("w", 1, &[1.0])], &[])), ErrorKind::Duplicate);
+    }
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        let path = std::env::temp_dir().join(format!("kestrel-imatrix-{}", std::process::id()));
+        let mut m = Imatrix::new("a text", 3, 512, Origin { model: u64::MAX, tokens: 7 });
+        m.insert("blk.0.ssm_in.weight".into(), vec![1.0, 2.5, 0.0], 2.0).unwrap();
+        m.insert("blk.0.ssm_dt.weight".into(), vec![9.0], 1536.0).unwrap();
+        m.write(&path, false).unwrap();
+        let again = Imatrix::open(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let all = |m: &Imatrix| m.sums().map(|(n, s, c)| (n.to_owned(), s.to_vec(), c)).collect::<Vec<_>>();
+        assert_eq!(all(&m), all(&again));
+        assert_eq!(again.for_tensor("blk.0.ssm_in.weight"), Some(&[0.5, 1.25, 0.0][..]));
+        assert_eq!((again.datasets(), again.chunks()), (&["a text".to_owned()][..], Some(3)));
+        assert_eq!((again.chunk_size(), again.origin()), (Some(512), m.origin()));
     }
 }

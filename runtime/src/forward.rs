@@ -6,9 +6,10 @@
 use crate::kernels::{Acts, Compute, InProj, Isa, Mixer, ScanWeights, Segment, Then};
 use crate::matrix::Matrix;
 use crate::model::{Layer, Model};
+use crate::observe::{Observer, Watch};
 use crate::state::State;
 use kestrel_formats::Result;
-use kestrel_formats::arch::Arch;
+use kestrel_formats::arch::{Arch, Role};
 
 /// How to execute a model.
 #[derive(Clone, Debug)]
@@ -99,7 +100,7 @@ impl<'m> Runner<'m> {
         let d_model = self.model.hparams().d_model;
         let mut last = 0;
         for chunk in tokens.chunks(self.compute.max_tokens()) {
-            self.layers(&mut [Segment { state, n_tokens: chunk.len() }], chunk);
+            self.layers(&mut [Segment { state, n_tokens: chunk.len() }], chunk, None);
             last = chunk.len();
         }
         if last > 0 {
@@ -120,7 +121,7 @@ impl<'m> Runner<'m> {
         if segments.is_empty() {
             return;
         }
-        self.layers(segments, tokens);
+        self.layers(segments, tokens, None);
         let d_model = self.model.hparams().d_model;
         let mut end = 0;
         for (i, segment) in segments.iter().enumerate() {
@@ -145,7 +146,7 @@ impl<'m> Runner<'m> {
         let h = *self.model.hparams();
         let mut position = 0;
         for chunk in tokens.chunks(self.compute.max_tokens()) {
-            self.layers(&mut [Segment { state, n_tokens: chunk.len() }], chunk);
+            self.layers(&mut [Segment { state, n_tokens: chunk.len() }], chunk, None);
             let b = &mut self.buffers;
             for x in b.x[..chunk.len() * h.d_model].chunks(LOGIT_ROWS * h.d_model) {
                 let n_tokens = x.len() / h.d_model;
@@ -161,28 +162,53 @@ impl<'m> Runner<'m> {
         }
     }
 
+    /// Consumes `tokens` and shows `observer` the inputs of every matrix, a chunk at a time. Logits are not computed.
+    pub fn observe(&mut self, state: &mut State, tokens: &[u32], observer: &mut dyn Observer) {
+        let (h, mut watch) = (*self.model.hparams(), Watch::new(observer));
+        for chunk in tokens.chunks(self.compute.max_tokens()) {
+            self.layers(&mut [Segment { state, n_tokens: chunk.len() }], chunk, Some(&mut watch));
+            let (b, output) = (&mut self.buffers, self.model.output_matrix());
+            let (x, kind) = (&b.x[..chunk.len() * h.d_model], output.act_kind(self.precise, chunk.len()));
+            self.compute.norm(x, &self.model.output_norm, h.layer_norm_epsilon, kind, &mut b.normed);
+            watch.see(Role::Output, 0, &b.normed);
+        }
+    }
+
     /// x := embeddings of `tokens`, through all layers.
-    fn layers(&mut self, segments: &mut [Segment<'_>], tokens: &[u32]) {
+    fn layers(&mut self, segments: &mut [Segment<'_>], tokens: &[u32], mut watch: Option<&mut Watch<'_>>) {
         let model = self.model;
         let x = &mut self.buffers.x[..tokens.len() * model.hparams().d_model];
         self.compute.embed(&model.token_embd.view(), tokens, x);
         for (i, layer) in model.layers.iter().enumerate() {
-            self.layer(i, layer, tokens.len(), segments);
+            self.layer(i, layer, tokens.len(), segments, watch.as_deref_mut());
         }
         segments.iter_mut().for_each(|s| s.state.advance(s.n_tokens));
     }
 
     /// x := x + mixer(norm(x)) for `t` tokens.
-    fn layer(&mut self, i: usize, layer: &Layer, t: usize, segments: &[Segment<'_>]) {
+    fn layer(
+        &mut self,
+        i: usize,
+        layer: &Layer,
+        t: usize,
+        segments: &[Segment<'_>],
+        mut watch: Option<&mut Watch<'_>>,
+    ) {
         let h = self.model.hparams();
         let precise = self.precise;
         let kind = |m: &Matrix| m.act_kind(precise, t);
+        let mut see = |role, acts: &Acts| {
+            if let Some(watch) = &mut watch {
+                watch.see(role, i, acts);
+            }
+        };
         let (c, b) = (&mut self.compute, &mut self.buffers);
         let x = &mut b.x[..t * h.d_model]; // (t, d_model)
         let dt_b_c = &mut b.dt_b_c[..t * h.x_proj_rows()]; // (t, dt_rank + 2·d_state)
 
         // normed (t, d_model) = x / rms(x) · attn_norm
         c.norm(x, &layer.attn_norm, h.layer_norm_epsilon, kind(&layer.ssm_in), &mut b.normed);
+        see(Role::SsmIn, &b.normed);
 
         // u, z (t, d_inner) = in_proj · normed;  u = silu(conv1d(u))
         let in_proj = InProj {
@@ -192,11 +218,13 @@ impl<'m> Runner<'m> {
             d_conv: h.d_conv,
         };
         c.in_proj(&in_proj, &b.normed, segments, i, &mut b.mixer, kind(&layer.ssm_x), &mut b.inner);
+        see(Role::SsmX, &b.inner);
 
         // dt (t, dt_rank), B (t, d_state), C (t, d_state) = x_proj · u;  each / rms in Falcon Mamba
         c.matmul(&layer.ssm_x.view(), &b.inner, dt_b_c, Then::Store);
         let eps = (h.arch == Arch::FalconMamba).then_some(h.mixer_rms_eps);
         c.split_dt_b_c(dt_b_c, h.dt_rank, h.d_state, eps, kind(&layer.ssm_dt), &mut b.dt);
+        see(Role::SsmDt, &b.dt);
 
         // Δ (t, d_inner) = softplus(dt_proj · dt + dt_bias)
         // h (d_inner, d_state) = exp(Δ·A)·h + Δ·B·u;  y (t, d_inner) = (C·h + D·u) · silu(z)
@@ -208,6 +236,7 @@ impl<'m> Runner<'m> {
             d_state: h.d_state,
         };
         c.scan(&scan, &b.dt, dt_b_c, segments, i, &mut b.mixer, kind(&layer.ssm_out), &mut b.inner);
+        see(Role::SsmOut, &b.inner);
 
         // x (t, d_model) += out_proj · y
         c.matmul(&layer.ssm_out.view(), &b.inner, x, Then::Add);

@@ -138,6 +138,11 @@ impl Model {
         Ok(())
     }
 
+    /// Whether the embedding is the output matrix as well.
+    pub fn is_tied(&self) -> bool {
+        self.output.is_none()
+    }
+
     /// The matrix that gives the logits (vocab, d_model).
     pub(crate) fn output_matrix(&self) -> &Matrix {
         self.output.as_ref().unwrap_or(&self.token_embd)

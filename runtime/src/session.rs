@@ -2,6 +2,7 @@
 
 use crate::forward::{Runner, RunnerOptions};
 use crate::model::Model;
+use crate::observe::Observer;
 use crate::sampler::Sampler;
 use crate::state::State;
 use crate::text_stream::TextStream;
@@ -79,6 +80,14 @@ impl<'m> Session<'m> {
         });
         self.model.check_unmodified()?;
         if finite { Ok(()) } else { Err(self.not_finite()) }
+    }
+
+    /// Consumes `tokens` and shows `observer` the inputs of every matrix; the logits stay as they were. Errors: a token
+    /// outside the vocabulary, `Changed`. Whether the inputs are finite is the observer's to judge.
+    pub fn observe(&mut self, tokens: &[u32], observer: &mut dyn Observer) -> Result<()> {
+        self.check(tokens)?;
+        self.runner.observe(&mut self.state, tokens, observer);
+        self.model.check_unmodified()
     }
 
     /// The logits (vocab) after the last prefilled or generated token.

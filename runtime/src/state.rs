@@ -199,7 +199,7 @@ fn file_checksum(header: &[u8], payload: &[u8]) -> u64 {
 }
 
 /// FNV-1a over 8-byte words, the rest bytewise: finds damage, not malice (a state is only numbers).
-pub(crate) fn checksum(bytes: &[u8]) -> u64 {
+pub fn checksum(bytes: &[u8]) -> u64 {
     let mix = |h: u64, x: u64| (h ^ x).wrapping_mul(0x0000_0100_0000_01b3);
     let words = bytes.chunks_exact(8);
     let tail = words.remainder();

@@ -3,6 +3,7 @@
 mod bench;
 mod convert;
 mod demo;
+mod imatrix;
 mod inspect;
 mod logits;
 mod perplexity;
@@ -25,6 +26,7 @@ pub enum Command {
     Tokenize(tokenize::TokenizeArgs),
     Bench(bench::BenchArgs),
     Perplexity(perplexity::PerplexityArgs),
+    Imatrix(imatrix::ImatrixArgs),
     Verify(verify::VerifyArgs),
 }
 
@@ -40,6 +42,7 @@ pub fn run(command: Command) -> Outcome {
         Command::Tokenize(args) => tokenize::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Perplexity(args) => perplexity::run(&args),
+        Command::Imatrix(args) => imatrix::run(&args),
         Command::Verify(args) => verify::run(&args),
     }
 }
