@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 mod bnb;
+mod feedback;
 mod input;
 mod metadata;
 mod plan;
@@ -20,7 +21,7 @@ mod verify;
 pub use bnb::{BnbOptions, BnbPlan, BnbTensor, plan_bnb, run_bnb};
 pub use input::{SSM_X_SCALE, Source};
 pub use metadata::SOURCE_SHA256;
-pub use plan::{Options, Plan, PlannedTensor, plan};
+pub use plan::{Options, Plan, PlannedTensor, Target, plan};
 pub use progress::{Phase, Progress};
 pub use run::{Report, run};
 pub use verify::{TensorReport, VerifyReport, verify};

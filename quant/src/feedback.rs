@@ -382,3 +382,230 @@ impl Row<'_> {
         better
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ROWS_TRIED: usize = 20;
+
+    /// Numbers between -1 and 1 (xorshift).
+    fn numbers(seed: u64, n: usize) -> Vec<f32> {
+        let mut s = seed;
+        let mut next = || {
+            s ^= s << 13;
+            s ^= s >> 7;
+            s ^= s << 17;
+            (s >> 40) as f32 / (1u64 << 23) as f32 - 1.0
+        };
+        (0..n).map(|_| next()).collect()
+    }
+
+    /// Mean products of inputs that share a common part, in groups.
+    fn products(cols: usize, group: usize) -> Vec<f32> {
+        let n = 3 * cols;
+        let x: Vec<f32> = (0..n)
+            .flat_map(|t| {
+                let own = numbers(1 + t as u64, cols + 4);
+                (0..cols).map(move |k| own[k] * (1.0 + (k % 7) as f32) + 2.0 * own[cols + k % 4])
+            })
+            .collect();
+        let mut h = vec![0f32; cols * group];
+        for (k, row) in h.chunks_mut(group).enumerate() {
+            for (j, to) in row.iter_mut().enumerate() {
+                let j = k / group * group + j;
+                *to = x.chunks(cols).map(|x| f64::from(x[k]) * f64::from(x[j])).sum::<f64>() as f32 / n as f32;
+            }
+        }
+        h
+    }
+
+    fn block_types() -> impl Iterator<Item = GgmlType> {
+        GgmlType::all().filter(|ty| taken(*ty).is_some())
+    }
+
+    fn dequantized(ty: GgmlType, bytes: &[u8], n: usize) -> Vec<f32> {
+        let mut out = vec![0.0; n];
+        codec(ty).dequantize(bytes, &mut out);
+        out
+    }
+
+    fn errors(ty: GgmlType, weights: &[f32], bytes: &[u8]) -> Vec<f32> {
+        weights.iter().zip(dequantized(ty, bytes, weights.len())).map(|(w, q)| w - q).collect()
+    }
+
+    fn bytes_of(ty: GgmlType, n: usize) -> Vec<u8> {
+        vec![0; n / ty.block_len() * ty.block_bytes()]
+    }
+
+    #[test]
+    fn every_block_comes_apart_and_together_again() {
+        for ty in block_types() {
+            let (len, n) = (ty.block_len(), 4 * ty.block_len());
+            let weights = numbers(5, n);
+            let mut bytes = bytes_of(ty, n);
+            codec(ty).quantize(&weights, None, &mut bytes);
+            let taken = taken(ty).unwrap();
+            let values = dequantized(ty, &bytes, n);
+            for (block, values) in bytes.chunks(ty.block_bytes()).zip(values.chunks(len)) {
+                let parts = (taken.parts)(block);
+                let numbers: Vec<f32> = (0..len)
+                    .map(|i| {
+                        let (scale, min) = parts.scale_min(i / taken.shape.sub_len);
+                        let number = (taken.nearest)((values[i] + min) * inverse(scale));
+                        assert_eq!(scale * number - min, values[i], "{ty}");
+                        number
+                    })
+                    .collect();
+                let mut again = vec![0; block.len()];
+                (taken.put)(&parts, &numbers, &mut again);
+                // Where a scale is zero every code means the same.
+                assert_eq!(dequantized(ty, &again, len), values, "{ty}");
+            }
+        }
+    }
+
+    #[test]
+    fn inputs_that_have_nothing_in_common_leave_plain_rounding() {
+        for ty in block_types() {
+            let cols = ty.block_len();
+            let mut identity = vec![0f32; cols * cols];
+            identity.iter_mut().step_by(cols + 1).for_each(|x| *x = 1.0);
+            let feedback = Feedback::new(&identity, cols).unwrap().with_sweeps(0);
+            let weights = numbers(3, ROWS_TRIED * cols);
+            let (mut fed, mut plain) = (bytes_of(ty, weights.len()), bytes_of(ty, weights.len()));
+            feedback.quantize_with(Isa::best(), ty, &weights, &mut fed);
+            for (weights, plain) in weights.chunks(cols).zip(plain.chunks_mut(ty.block_bytes())) {
+                codec(ty).quantize(weights, Some(&feedback.importance), plain);
+            }
+            assert!(fed == plain, "{ty}");
+        }
+    }
+
+    /// What remains of the output's error, of that of weighted rounding: between these for every type.
+    #[test]
+    fn the_outputs_come_out_closer_and_closer_with_sweeps() {
+        let (cols, group) = (512, 256);
+        let h = products(cols, group);
+        let weights = numbers(9, ROWS_TRIED * cols);
+        let diagonal: Vec<f32> = h.chunks(group).enumerate().map(|(k, row)| row[k % group]).collect();
+        for ty in block_types() {
+            let feedback = |sweeps| Feedback::new(&h, group).unwrap().with_sweeps(sweeps);
+            let error = |bytes: &[u8]| feedback(0).output_error(&errors(ty, &weights, bytes));
+            let mut bytes = bytes_of(ty, weights.len());
+            codec(ty).quantize(&weights, Some(&diagonal), &mut bytes);
+            let plain = error(&bytes);
+            let [none, swept] = [0, 3].map(|sweeps| {
+                feedback(sweeps).quantize_with(Isa::best(), ty, &weights, &mut bytes);
+                error(&bytes) / plain
+            });
+            assert!(none < 0.85, "{ty}: {none}");
+            assert!(swept < none, "{ty}: {swept} after {none}");
+        }
+    }
+
+    #[test]
+    fn the_same_bytes_on_every_instruction_set_and_however_rows_are_split() {
+        let (cols, group) = (512, 256);
+        let feedback = Feedback::new(&products(cols, group), group).unwrap();
+        let weights = numbers(4, ROWS_TRIED * cols);
+        for ty in [GgmlType::Q3K, GgmlType::Q4K, GgmlType::Iq4Xs, GgmlType::Q8_0] {
+            let mut whole = bytes_of(ty, weights.len());
+            feedback.quantize_with(Isa::Baseline, ty, &weights, &mut whole);
+            for isa in Isa::ALL.into_iter().filter(|isa| isa.supported()) {
+                let mut parts = bytes_of(ty, weights.len());
+                let row_bytes = parts.len() / ROWS_TRIED;
+                for (weights, dst) in weights.chunks(3 * cols).zip(parts.chunks_mut(3 * row_bytes)) {
+                    feedback.quantize_with(isa, ty, weights, dst);
+                }
+                assert!(parts == whole, "{ty} with {isa:?}");
+            }
+        }
+    }
+
+    /// Optimal brain quantization as it is defined: each column's error goes to the columns after it through the inverse
+    /// of H, from which the column is then eliminated (Frantar et al. 2022, equations 2 and 3), in f64.
+    fn by_inverse(feedback: &Feedback, ty: GgmlType, weights: &[f32]) -> Vec<f32> {
+        let n = feedback.group;
+        let mut inverse_h = inverted(&feedback.products, n);
+        let mut w: Vec<f64> = weights.iter().map(|&x| x.into()).collect();
+        let mut bytes = bytes_of(ty, n);
+        let taken = taken(ty).unwrap();
+        let mut out = vec![0f32; n];
+        for k in 0..n {
+            if k % ty.block_len() == 0 {
+                let block: Vec<f32> = w[k..k + ty.block_len()].iter().map(|&x| x as f32).collect();
+                let importance = &feedback.importance[k..k + ty.block_len()];
+                codec(ty).quantize(&block, Some(importance), &mut bytes[..ty.block_bytes()]);
+            }
+            let parts = (taken.parts)(&bytes[..ty.block_bytes()]);
+            let (scale, min) = parts.scale_min(k % ty.block_len() / taken.shape.sub_len);
+            let q = scale * (taken.nearest)((w[k] as f32 + min) * inverse(scale)) - min;
+            out[k] = q;
+            let pivot = inverse_h[k * n + k];
+            let row: Vec<f64> = inverse_h[k * n..][..n].to_vec();
+            let error = (w[k] - f64::from(q)) / pivot;
+            for j in k + 1..n {
+                w[j] -= error * row[j];
+                for i in k + 1..n {
+                    inverse_h[i * n + j] -= row[i] * row[j] / pivot;
+                }
+            }
+        }
+        out
+    }
+
+    /// Gauss-Jordan.
+    fn inverted(h: &[f32], n: usize) -> Vec<f64> {
+        let mut a: Vec<f64> = h.iter().map(|&x| x.into()).collect();
+        let mut b = vec![0f64; n * n];
+        b.iter_mut().step_by(n + 1).for_each(|x| *x = 1.0);
+        for k in 0..n {
+            let pivot = a[k * n + k];
+            for m in [&mut a, &mut b] {
+                m[k * n..][..n].iter_mut().for_each(|x| *x /= pivot);
+            }
+            for i in (0..n).filter(|i| *i != k) {
+                let factor = a[i * n + k];
+                for m in [&mut a, &mut b] {
+                    for j in 0..n {
+                        m[i * n + j] -= factor * m[k * n + j];
+                    }
+                }
+            }
+        }
+        b
+    }
+
+    #[test]
+    fn the_feedback_is_that_of_optimal_brain_quantization() {
+        for ty in [GgmlType::Q8_0, GgmlType::Q4_0, GgmlType::Q4K, GgmlType::Q3K] {
+            let n = 256;
+            let feedback = Feedback::new(&products(n, n), n).unwrap().with_sweeps(0);
+            let weights = numbers(6, 4 * n);
+            let mut bytes = bytes_of(ty, weights.len());
+            feedback.quantize_with(Isa::best(), ty, &weights, &mut bytes);
+            let ours = dequantized(ty, &bytes, weights.len());
+            let expected: Vec<f32> = weights.chunks(n).flat_map(|w| by_inverse(&feedback, ty, w)).collect();
+            let same = ours.iter().zip(&expected).filter(|(a, b)| a == b).count();
+            // A tie that f32 decides otherwise changes what follows a little.
+            assert!(same * 100 >= ours.len() * 95, "{ty}: {same} of {}", ours.len());
+            let errors = |q: &[f32]| weights.iter().zip(q).map(|(w, q)| w - q).collect::<Vec<_>>();
+            let ratio = feedback.output_error(&errors(&ours)) / feedback.output_error(&errors(&expected));
+            assert!((0.98..1.02).contains(&ratio), "{ty}: {ratio}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_products_is_refused_and_silence_is_not() {
+        assert!(Feedback::new(&[f32::NAN; 4], 2).is_none());
+        assert!(Feedback::new(&[1.0, 9.0, 9.0, 1.0], 2).is_none());
+        assert!(Feedback::new(&[-1.0, 0.0, 0.0, -1.0], 2).is_none());
+        let silent = Feedback::new(&vec![0.0; 32 * 32], 32).unwrap();
+        let weights = numbers(2, 32);
+        let mut bytes = bytes_of(GgmlType::Q4_0, 32);
+        silent.quantize_with(Isa::best(), GgmlType::Q4_0, &weights, &mut bytes);
+        assert!(errors(GgmlType::Q4_0, &weights, &bytes).iter().all(|e| e.abs() < 0.1));
+        assert!(!silent.takes(GgmlType::Q4K));
+    }
+}

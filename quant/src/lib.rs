@@ -5,6 +5,7 @@
 
 #![deny(unsafe_code)]
 
+pub mod allocate;
 pub mod codec;
 pub mod error_measure;
 pub mod feedback;

@@ -101,6 +101,11 @@ impl FileType {
         TABLE[self as usize].id
     }
 
+    /// The matrices that get another type than [`base`](Self::base), of a recipe of our own; empty for the others.
+    pub fn roles(self) -> &'static [(Role, GgmlType)] {
+        &[]
+    }
+
     /// The type of most tensors.
     pub fn base(self) -> GgmlType {
         TABLE[self as usize].base
@@ -141,6 +146,11 @@ impl Recipe {
         self.file_type
     }
 
+    /// The type that the overrides give a tensor.
+    pub fn override_for(&self, gguf_name: &str) -> Option<GgmlType> {
+        self.overrides.iter().find(|(regex, _)| regex.is_match(gguf_name)).map(|(_, ty)| *ty)
+    }
+
     /// The overrides, as given.
     pub fn overrides(&self) -> impl Iterator<Item = (&str, GgmlType)> {
         self.overrides.iter().map(|(regex, ty)| (regex.as_str(), *ty))
@@ -158,7 +168,10 @@ impl Recipe {
         if !base.is_quantized() {
             return base;
         }
-        let chosen = self.overrides.iter().find(|(regex, _)| regex.is_match(gguf_name)).map(|(_, ty)| *ty);
+        let chosen = self.override_for(gguf_name).or_else(|| {
+            let roles = self.file_type.roles();
+            roles.iter().find(|(role, _)| *role == spec.role || (tied && *role == Role::Output)).map(|(_, ty)| *ty)
+        });
         let is_output = spec.role == Role::Output || (tied && spec.role == Role::TokenEmbd);
         let default = if !is_output {
             base

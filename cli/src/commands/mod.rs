@@ -1,6 +1,7 @@
 //! One file per command: its arguments, its help, and what it does.
 
 mod bench;
+mod calibrate;
 mod convert;
 mod demo;
 mod imatrix;
@@ -27,6 +28,7 @@ pub enum Command {
     Bench(bench::BenchArgs),
     Perplexity(perplexity::PerplexityArgs),
     Imatrix(imatrix::ImatrixArgs),
+    Calibrate(calibrate::CalibrateArgs),
     Verify(verify::VerifyArgs),
 }
 
@@ -43,6 +45,7 @@ pub fn run(command: Command) -> Outcome {
         Command::Bench(args) => bench::run(&args),
         Command::Perplexity(args) => perplexity::run(&args),
         Command::Imatrix(args) => imatrix::run(&args),
+        Command::Calibrate(args) => calibrate::run(&args),
         Command::Verify(args) => verify::run(&args),
     }
 }
