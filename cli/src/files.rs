@@ -95,22 +95,6 @@ pub fn read_text(path: &Path) -> Result<String> {
     read_all(file, path)
 }
 
-/// The tokens of whole windows of `n_ctx`, at most `n_most` of them. Errors: the text in `path` has none.
-pub fn whole_windows(path: &Path, mut tokens: Vec<u32>, n_ctx: u32, n_most: Option<u32>) -> Result<Vec<u32>> {
-    let n_ctx = n_ctx as usize;
-    let available = tokens.len() / n_ctx;
-    let n_windows = n_most.map_or(available, |n| available.min(n as usize));
-    if n_windows == 0 {
-        return Err(Error::new(ErrorKind::Usage)
-            .file(path)
-            .expected(format!("a text of at least one window of {n_ctx} tokens"))
-            .found(format!("{} tokens", tokens.len()))
-            .hint("--ctx sets a smaller window"));
-    }
-    tokens.truncate(n_windows * n_ctx);
-    Ok(tokens)
-}
-
 fn read_all(reader: impl Read, path: &Path) -> Result<String> {
     let mut bytes = Vec::new();
     let n = reader.take(TEXT_BYTES_MAX + 1).read_to_end(&mut bytes);

@@ -1,75 +1,131 @@
-//! The logits of a base model on a text, for `kestrel perplexity --kl-base`.
+//! What a base model predicts on a text, for `kestrel perplexity --kl-base`.
 //!
-//! Layout, little-endian: magic `KESTRLKL`, then u32 version, vocab, n_ctx, n_windows; the tokens of all windows (u32);
-//! the logits (f32, vocab) of each window's scored positions in order. Unlike llama.cpp's file nothing is rounded.
+//! Two layouts, little-endian. Both have a head, the tokens of all windows (4 bytes each), and a row for each window's
+//! scored positions in order.
+//!
+//! - llama.cpp's (`llama-perplexity --kl-divergence-base`; source: its `tools/perplexity`): magic `_logits_`, then i32
+//!   n_ctx, vocab, n_windows. A row has 2·((vocab + 1) / 2) + 4 u16: in the first four the f32 `scale` and `least`, then
+//!   a code per token, whose log-probability is scale·code + least. What is less likely than e^-16 times the most likely
+//!   token has code 0.
+//! - Ours, which rounds nothing: magic `KESTRLKL`, then u32 version, vocab, n_ctx, n_windows. A row has vocab f32 logits.
 
+use crate::windows::Windows;
 use kestrel_formats::atomic_file::AtomicFile;
-use kestrel_formats::map::{Map, f32s};
+use kestrel_formats::map::Map;
 use kestrel_formats::{Error, ErrorKind, Result};
-use kestrel_runtime::evaluate::scored;
+use kestrel_runtime::evaluate::{log_softmax, scored};
 use std::path::Path;
 
-const MAGIC: &[u8; 8] = b"KESTRLKL";
 const VERSION: u32 = 1;
-const HEADER_BYTES: u64 = 24;
+/// Tokens of a window, and windows of a file.
+const N_CTX: std::ops::RangeInclusive<u32> = 2..=1 << 20;
+/// llama.cpp leaves out what is this much less likely than the most likely token, in nats.
+const LEAST: f32 = 16.0;
 
-/// What was evaluated: both models must have read the same.
-#[derive(Clone, Copy)]
-pub struct Extent<'a> {
-    pub vocab: usize,
-    pub n_ctx: usize,
-    /// All windows one after the other; a multiple of `n_ctx`.
-    pub tokens: &'a [u32],
+/// How log-probabilities are kept.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Layout {
+    /// 16 bits each, with a scale and a minimum per position.
+    LlamaCpp,
+    /// As f32 logits.
+    F32,
 }
 
-impl Extent<'_> {
-    fn n_windows(&self) -> usize {
-        self.tokens.len() / self.n_ctx
+impl Layout {
+    fn magic(self) -> &'static [u8; 8] {
+        match self {
+            Self::LlamaCpp => b"_logits_",
+            Self::F32 => b"KESTRLKL",
+        }
     }
 
-    fn row_bytes(&self) -> u64 {
-        4 * self.vocab as u64
+    fn head_bytes(self) -> u64 {
+        match self {
+            Self::LlamaCpp => 20,
+            Self::F32 => 24,
+        }
     }
 
-    fn logits_offset(&self) -> u64 {
-        HEADER_BYTES + 4 * self.tokens.len() as u64
+    fn row_bytes(self, vocab: u64) -> u64 {
+        match self {
+            Self::LlamaCpp => 2 * (vocab.next_multiple_of(2) + 4),
+            Self::F32 => 4 * vocab,
+        }
+    }
+
+    /// Magic and numbers.
+    fn head(self, vocab: u32, n_ctx: u32, n_windows: u32) -> Vec<u8> {
+        let numbers: &[u32] = match self {
+            Self::LlamaCpp => &[n_ctx, vocab, n_windows],
+            Self::F32 => &[VERSION, vocab, n_ctx, n_windows],
+        };
+        self.magic().iter().copied().chain(numbers.iter().flat_map(|n| n.to_le_bytes())).collect()
+    }
+}
+
+/// Sizes of a file.
+#[derive(Clone, Copy)]
+struct Extent {
+    layout: Layout,
+    vocab: u32,
+    n_ctx: u32,
+    n_windows: u32,
+}
+
+impl Extent {
+    fn n_tokens(self) -> u64 {
+        u64::from(self.n_ctx) * u64::from(self.n_windows)
+    }
+
+    fn rows_at(self) -> u64 {
+        self.layout.head_bytes() + 4 * self.n_tokens()
+    }
+
+    fn row_bytes(self) -> u64 {
+        self.layout.row_bytes(self.vocab.into())
+    }
+
+    fn n_rows(self) -> u64 {
+        u64::from(self.n_windows) * scored(self.n_ctx as usize).len() as u64
     }
 
     /// Bytes of the whole file; `Limit` if they do not fit 64 bits.
-    fn file_bytes(&self) -> Result<u64> {
-        let rows = self.n_windows() as u64 * scored(self.n_ctx).len() as u64;
-        let logits = rows.checked_mul(self.row_bytes());
-        logits
-            .and_then(|n| n.checked_add(self.logits_offset()))
+    fn file_bytes(self) -> Result<u64> {
+        let rows = self.n_rows().checked_mul(self.row_bytes());
+        rows.and_then(|n| n.checked_add(self.rows_at()))
             .ok_or_else(|| Error::new(ErrorKind::Limit).what("KL base").found("a size beyond 64 bits"))
-    }
-
-    fn header(&self) -> Vec<u8> {
-        let numbers = [VERSION, self.vocab as u32, self.n_ctx as u32, self.n_windows() as u32];
-        let numbers = numbers.iter().chain(self.tokens);
-        MAGIC.iter().copied().chain(numbers.flat_map(|n| n.to_le_bytes())).collect()
     }
 }
 
 /// Writes a base file, which appears when it is complete.
 pub struct KlBaseWriter {
     file: AtomicFile,
+    layout: Layout,
     next: u64,
+    row: Vec<u8>,
 }
 
 impl KlBaseWriter {
     /// Reserves the space and writes the tokens.
-    pub fn create(path: &Path, extent: Extent, force: bool) -> Result<Self> {
+    pub fn create(path: &Path, layout: Layout, vocab: usize, windows: &Windows, force: bool) -> Result<Self> {
+        let (vocab, n_ctx, n_windows) = (vocab as u32, windows.n_ctx as u32, windows.len() as u32);
+        let extent = Extent { layout, vocab, n_ctx, n_windows };
         let file = AtomicFile::create(path, extent.file_bytes()?, force)?;
-        file.write_at(0, &extent.header())?;
-        Ok(Self { file, next: extent.logits_offset() })
+        let mut head = layout.head(vocab, n_ctx, n_windows);
+        head.extend(windows.tokens.iter().flat_map(|t| t.to_le_bytes()));
+        file.write_at(0, &head)?;
+        Ok(Self { file, layout, next: extent.rows_at(), row: Vec::new() })
     }
 
-    /// Appends the logits (vocab) of the next scored position.
+    /// Appends the next scored position, of which these are the logits (vocab).
     pub fn push(&mut self, logits: &[f32]) -> Result<()> {
-        let bytes: Vec<u8> = logits.iter().flat_map(|x| x.to_le_bytes()).collect();
-        self.file.write_at(self.next, &bytes)?;
-        self.next += bytes.len() as u64;
+        self.row.clear();
+        match self.layout {
+            Layout::LlamaCpp => encode(logits, &mut self.row),
+            Layout::F32 => self.row.extend(logits.iter().flat_map(|x| x.to_le_bytes())),
+        }
+        self.file.write_at(self.next, &self.row)?;
+        self.next += self.row.len() as u64;
         Ok(())
     }
 
@@ -79,44 +135,170 @@ impl KlBaseWriter {
     }
 }
 
+/// A row of llama.cpp's.
+fn encode(logits: &[f32], row: &mut Vec<u8>) {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let min = logits.iter().copied().fold(f32::INFINITY, f32::min).max(max - LEAST);
+    let sum: f64 = logits.iter().map(|&l| f64::from((l - max).exp())).sum();
+    let scale = (max - min) / 65535.0;
+    let least = min - max - sum.ln() as f32;
+    row.extend(scale.to_le_bytes().into_iter().chain(least.to_le_bytes()));
+    let per_step = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+    let code = |l: f32| if l > min { (per_step * (l - min)).round_ties_even() as u16 } else { 0 };
+    row.extend(logits.iter().flat_map(|&l| code(l).to_le_bytes()));
+    row.resize(row.len().next_multiple_of(4), 0);
+}
+
 /// A base file, mapped.
 pub struct KlBase {
     map: Map,
-    logits_offset: u64,
-    row_bytes: u64,
+    extent: Extent,
+    tokens: Vec<u32>,
 }
 
 impl KlBase {
-    /// Opens a base file and checks that it is of this text, window and vocabulary.
-    pub fn open(path: &Path, extent: Extent) -> Result<Self> {
+    /// Opens a base file of either layout for a model with this vocabulary.
+    ///
+    /// Errors: `BadMagic`, `UnsupportedVersion`; `Inconsistent` with the model's vocabulary; `OutOfRange` for sizes and
+    /// tokens that cannot be; `Truncated` if the file is not as long as its head says.
+    pub fn open(path: &Path, vocab: usize) -> Result<Self> {
         let map = Map::open(path)?;
-        let error = |kind| Error::new(kind).file(path);
-        if map.get(..MAGIC.len()) != Some(MAGIC) {
-            return Err(error(ErrorKind::BadMagic)
+        Self::parse(map, vocab).map_err(|e| e.file(path))
+    }
+
+    fn parse(map: Map, vocab: usize) -> Result<Self> {
+        let layout = [Layout::LlamaCpp, Layout::F32].into_iter().find(|l| map.starts_with(l.magic()));
+        let layout = layout.ok_or_else(|| {
+            Error::new(ErrorKind::BadMagic)
                 .at(0)
-                .expected("a file of kestrel perplexity --save-kl-base"));
+                .expected("a file of --save-kl-base or of llama-perplexity --kl-divergence-base")
+        })?;
+        let number = |at: u64| -> Result<u32> {
+            let word = map.get(at as usize..).and_then(|b| b.first_chunk());
+            word.map(|w| u32::from_le_bytes(*w)).ok_or_else(|| {
+                Error::new(ErrorKind::Truncated)
+                    .expected(format!("a head of {} bytes", layout.head_bytes()))
+                    .found(format!("{} bytes", map.len()))
+            })
+        };
+        let (n_ctx_at, vocab_at) = if layout == Layout::LlamaCpp { (8, 12) } else { (16, 12) };
+        if layout == Layout::F32 && number(8)? != VERSION {
+            let e = Error::new(ErrorKind::UnsupportedVersion).at(8);
+            return Err(e.expected(VERSION).found(number(8)?));
         }
-        let header = extent.header();
-        if map.get(..header.len()) != Some(&header) {
-            let at = map.iter().zip(&header).take_while(|(a, b)| a == b).count();
-            return Err(error(ErrorKind::Inconsistent)
-                .at(at as u64)
-                .what("KL base")
-                .expected("the same text, --ctx, --chunks and vocabulary as the base had")
-                .found("others"));
+        let (n_ctx, found, n_windows) =
+            (number(n_ctx_at)?, number(vocab_at)?, number(layout.head_bytes() - 4)?);
+        if !N_CTX.contains(&n_ctx) {
+            return Err(Error::new(ErrorKind::OutOfRange)
+                .at(n_ctx_at)
+                .what("tokens of a window")
+                .expected(format!("{} to {}", N_CTX.start(), N_CTX.end()))
+                .found(n_ctx));
         }
+        if found as usize != vocab {
+            return Err(Error::new(ErrorKind::Inconsistent)
+                .at(vocab_at)
+                .what("vocabulary of the base model")
+                .expected(format!("{vocab} tokens, as the model has"))
+                .found(found));
+        }
+        let extent = Extent { layout, vocab: found, n_ctx, n_windows };
         let file_bytes = extent.file_bytes()?;
         if map.len() as u64 != file_bytes {
             let found = format!("{} bytes", map.len());
-            return Err(error(ErrorKind::Truncated).expected(format!("{file_bytes} bytes")).found(found));
+            return Err(Error::new(ErrorKind::Truncated)
+                .expected(format!("{file_bytes} bytes"))
+                .found(found));
         }
-        Ok(Self { map, logits_offset: extent.logits_offset(), row_bytes: extent.row_bytes() })
+        let tokens = &map[layout.head_bytes() as usize..extent.rows_at() as usize];
+        let tokens: Vec<u32> = tokens.as_chunks().0.iter().map(|w| u32::from_le_bytes(*w)).collect();
+        if let Some(i) = tokens.iter().position(|&t| t as usize >= vocab) {
+            return Err(Error::new(ErrorKind::OutOfRange)
+                .at(layout.head_bytes() + 4 * i as u64)
+                .what("token")
+                .expected(format!("an id below {vocab}"))
+                .found(tokens[i]));
+        }
+        Ok(Self { map, extent, tokens })
     }
 
-    /// The logits (vocab) of scored position `i`, counted over all windows; empty beyond the last.
-    pub fn row(&self, i: usize) -> &[f32] {
-        let start = self.logits_offset + i as u64 * self.row_bytes;
-        // The file's length was checked, so all of it lies in memory. Maps begin at a page, and rows at 4 bytes.
-        self.map.get(start as usize..(start + self.row_bytes) as usize).and_then(f32s).unwrap_or_default()
+    /// Tokens of a window.
+    pub fn n_ctx(&self) -> usize {
+        self.extent.n_ctx as usize
+    }
+
+    /// The tokens of all windows.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// The log-probabilities (vocab) at scored position `i`, counted over all windows; minus infinity for what
+    /// llama.cpp left out. Errors: `NotFinite`.
+    ///
+    /// # Panics
+    /// If there is no such position.
+    pub fn log_probs(&self, i: usize, out: &mut [f64]) -> Result<()> {
+        let start = self.extent.rows_at() + i as u64 * self.extent.row_bytes();
+        // The file's length was checked, so all of it lies in memory.
+        let row = &self.map[start as usize..(start + self.extent.row_bytes()) as usize];
+        match self.extent.layout {
+            Layout::LlamaCpp => decode(row, out),
+            Layout::F32 => {
+                let logits: Vec<f32> = row.as_chunks().0.iter().map(|w| f32::from_le_bytes(*w)).collect();
+                log_softmax(&logits, out);
+            }
+        }
+        // llama.cpp's own rounding can take a probability slightly above 1.
+        match out.iter().all(|p| *p < 0.1) {
+            true => Ok(()),
+            false => Err(Error::new(ErrorKind::NotFinite)
+                .at(start)
+                .what(format!("log-probabilities of position {i}"))
+                .expected("numbers that are not positive")
+                .found("NaN or a positive one")),
+        }
+    }
+}
+
+fn decode(row: &[u8], out: &mut [f64]) {
+    let (words, _) = row.as_chunks::<4>();
+    let (scale, least) = (f32::from_le_bytes(words[0]), f32::from_le_bytes(words[1]));
+    let (codes, _) = row[8..].as_chunks::<2>();
+    for (out, code) in out.iter_mut().zip(codes) {
+        let p = scale * f32::from(u16::from_le_bytes(*code)) + least;
+        *out = if p <= -LEAST { f64::NEG_INFINITY } else { p.into() };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// By hand: three tokens, of which one is too unlikely to be kept, and a fourth place of padding.
+    #[test]
+    fn a_row_of_llama_cpp() {
+        let mut row = Vec::new();
+        encode(&[1.0, 2.0, -30.0], &mut row);
+        assert_eq!(row.len() as u64, Layout::LlamaCpp.row_bytes(3));
+        let lse = (1.0 + (-1f64).exp()).ln();
+        let scale = f32::from_le_bytes(row[..4].try_into().unwrap());
+        let least = f32::from_le_bytes(row[4..8].try_into().unwrap());
+        assert_eq!(scale, 16.0 / 65535.0);
+        assert!((f64::from(least) - (-16.0 - lse)).abs() < 1e-6, "{least}");
+        let codes: Vec<u16> = row[8..].as_chunks().0.iter().map(|c| u16::from_le_bytes(*c)).collect();
+        assert_eq!(codes, [61439, 65535, 0, 0]);
+        let mut out = [0.0; 3];
+        decode(&row, &mut out);
+        assert!((out[0] - (-1.0 - lse)).abs() < 2e-4 && (out[1] + lse).abs() < 2e-6, "{out:?}");
+        assert_eq!(out[2], f64::NEG_INFINITY);
+    }
+
+    #[test]
+    fn equal_logits_have_no_scale() {
+        let mut row = Vec::new();
+        encode(&[3.0; 4], &mut row);
+        let mut out = [0.0; 4];
+        decode(&row, &mut out);
+        assert!(out.iter().all(|p| (p - 0.25f64.ln()).abs() < 1e-6), "{out:?}");
     }
 }

@@ -13,6 +13,7 @@ mod model;
 mod npy;
 mod output;
 mod progress;
+mod windows;
 
 use args::Cli;
 use clap::Parser;

@@ -45,9 +45,9 @@ impl Count {
         Self(bar)
     }
 
-    /// One more is done. `status` says how it stands; where no bar is drawn it is a note.
-    pub fn advance(&self, status: &str) {
-        self.0.inc(1);
+    /// `n` more are done. `status` says how it stands; where no bar is drawn it is a note.
+    pub fn advance(&self, n: usize, status: &str) {
+        self.0.inc(n as u64);
         match self.0.is_hidden() {
             false => self.0.set_message(status.to_owned()),
             true => {

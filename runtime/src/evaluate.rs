@@ -2,8 +2,7 @@
 //!
 //! Pure functions on logits. The windows and the scored half are those of llama.cpp's `llama-perplexity`, so that its
 //! numbers and ours can be compared: the text is cut into windows of `n_ctx` tokens that do not overlap, a rest at the
-//! end is dropped, each window starts from an empty state, and of each only the second half is scored. Unlike it, base
-//! logits are not rounded to 16 bits here and all sums are f64.
+//! end is dropped, each window starts from an empty state, and of each only the second half is scored. All sums are f64.
 
 use std::ops::Range;
 
@@ -86,9 +85,7 @@ impl Perplexity {
 
     /// The perplexity so far; its error is the first-order one of the mean, exp(m)·σ(m). NaN before the first token.
     pub fn estimate(&self) -> Estimate {
-        let nll = self.0.mean();
-        let value = nll.value.exp();
-        Estimate { value, standard_error: value * nll.standard_error }
+        exponential(self.0.mean())
     }
 }
 
@@ -97,6 +94,8 @@ impl Perplexity {
 pub struct Divergence {
     kl: Vec<f64>,
     same_top1: usize,
+    squared_change: Moments,
+    log_ratio: Moments,
 }
 
 /// What [`Divergence`] amounts to.
@@ -107,26 +106,39 @@ pub struct DivergenceSummary {
     /// Mean KL divergence in nats.
     pub mean_kl: Estimate,
     /// Median KL divergence in nats.
-    pub median_kl: f64,
+    pub median_kl: Estimate,
     /// 99th percentile in nats.
-    pub p99_kl: f64,
+    pub p99_kl: Estimate,
     /// Largest in nats.
     pub max_kl: f64,
     /// Share of positions where both find the same token most likely, 0 to 1.
     pub same_top1: Estimate,
+    /// Root mean square of the change of the probability of the token that really follows, 0 to 1.
+    pub rms_change: Estimate,
+    /// Perplexity over the base's. Its error is far below that of either, since both read the same text.
+    pub perplexity_ratio: Estimate,
 }
 
 impl Divergence {
-    /// Counts one position: KL(base ‖ model) = sum_i p_i·(ln p_i - ln q_i) for log-probabilities ln p and ln q.
+    /// Counts one position: KL(base ‖ model) = sum_i p_i·(ln p_i - ln q_i) for log-probabilities ln p and ln q, and what
+    /// becomes of the token that really follows.
     ///
     /// # Panics
-    /// If the lengths differ.
-    pub fn add(&mut self, base: &[f64], model: &[f64]) {
+    /// If the lengths differ, or `next` is outside the vocabulary.
+    pub fn add(&mut self, base: &[f64], model: &[f64], next: u32) {
         assert_eq!(base.len(), model.len());
         // A probability of zero on the base side contributes nothing, whatever the model says.
         let term = |(&p, &q): (&f64, &f64)| if p == f64::NEG_INFINITY { 0.0 } else { p.exp() * (p - q) };
         self.kl.push(base.iter().zip(model).map(term).sum());
         self.same_top1 += usize::from(argmax(base) == argmax(model));
+        let (p, q) = (base[next as usize], model[next as usize]);
+        self.squared_change.add((q.exp() - p.exp()).powi(2));
+        self.log_ratio.add(p - q);
+    }
+
+    /// Mean KL divergence so far, in nats; NaN before the first position.
+    pub fn mean_kl(&self) -> f64 {
+        self.kl.iter().sum::<f64>() / self.kl.len() as f64
     }
 
     /// The figures over all positions so far; NaN before the first.
@@ -141,12 +153,40 @@ impl Divergence {
         DivergenceSummary {
             n_scored: self.kl.len(),
             mean_kl: moments.mean(),
-            median_kl: percentile(&sorted, 0.5),
-            p99_kl: percentile(&sorted, 0.99),
+            median_kl: quantile(&sorted, 0.5),
+            p99_kl: quantile(&sorted, 0.99),
             max_kl: sorted.last().copied().unwrap_or(f64::NAN),
             same_top1: Estimate { value: same, standard_error: same_error },
+            rms_change: root(self.squared_change.mean()),
+            perplexity_ratio: exponential(self.log_ratio.mean()),
         }
     }
+}
+
+/// The exponential of a mean; its error is the first-order one, exp(m)·σ(m).
+fn exponential(mean: Estimate) -> Estimate {
+    let value = mean.value.exp();
+    Estimate { value, standard_error: value * mean.standard_error }
+}
+
+/// The root of a mean; its error is the first-order one, σ(m) / 2·sqrt(m).
+fn root(mean: Estimate) -> Estimate {
+    let value = mean.value.sqrt();
+    let standard_error = if mean.standard_error == 0.0 { 0.0 } else { mean.standard_error / (2.0 * value) };
+    Estimate { value, standard_error }
+}
+
+/// A quantile of ascending values. How many of n samples lie below it has the standard deviation sqrt(n·f·(1 - f)),
+/// whatever the distribution; the error is half the way between the values so many ranks below and above.
+fn quantile(sorted: &[f64], fraction: f64) -> Estimate {
+    let n = sorted.len() as f64;
+    let deviation = (fraction * (1.0 - fraction) / n).sqrt();
+    let at = |f: f64| percentile(sorted, f.clamp(0.0, 1.0));
+    let standard_error = match sorted.len() {
+        0 | 1 => f64::NAN,
+        _ => (at(fraction + deviation) - at(fraction - deviation)) / 2.0,
+    };
+    Estimate { value: percentile(sorted, fraction), standard_error }
 }
 
 /// Linear interpolation between the two nearest ranks of ascending values.
@@ -207,17 +247,35 @@ mod tests {
     fn divergence_by_hand() {
         let mut d = Divergence::default();
         let ln = |p: [f64; 2]| p.map(f64::ln);
-        d.add(&ln([0.5, 0.5]), &ln([0.25, 0.75])); // ½ ln 2 + ½ ln ⅔ = ½ ln 4⁄3, another top-1
-        d.add(&ln([1.0, 0.0]), &ln([0.5, 0.5])); // ln 2, and 0·ln 0 = 0
+        d.add(&ln([0.5, 0.5]), &ln([0.25, 0.75]), 0); // ½ ln 2 + ½ ln ⅔ = ½ ln 4⁄3, another top-1
+        d.add(&ln([1.0, 0.0]), &ln([0.5, 0.5]), 0); // ln 2, and 0·ln 0 = 0
         let (a, b) = (0.5 * (4.0f64 / 3.0).ln(), 2f64.ln());
         let s = d.summary();
         close(s.mean_kl.value, (a + b) / 2.0);
         close(s.mean_kl.standard_error, (b - a) / 2.0);
-        close(s.median_kl, (a + b) / 2.0);
+        close(s.median_kl.value, (a + b) / 2.0);
         close(s.max_kl, b);
-        close(s.p99_kl, a + 0.99 * (b - a));
+        close(s.p99_kl.value, a + 0.99 * (b - a));
         close(s.same_top1.value, 0.5);
         assert_eq!(s.n_scored, 2);
+        // Squared changes of 1/16 and 1/4: their mean is 5/32, its error 3/32.
+        close(s.rms_change.value, (5f64 / 32.0).sqrt());
+        close(s.rms_change.standard_error, 3.0 / 64.0 / (5f64 / 32.0).sqrt());
+        // Both halve the probability.
+        close(s.perplexity_ratio.value, 2.0);
+        close(s.perplexity_ratio.standard_error, 0.0);
+    }
+
+    /// For a uniform distribution the quantile's error is known: sqrt(f·(1 - f) / n).
+    #[test]
+    fn errors_of_quantiles() {
+        let sorted: Vec<f64> = (0..10_001).map(|i| f64::from(i) / 10_000.0).collect();
+        let median = quantile(&sorted, 0.5);
+        close(median.value, 0.5);
+        assert!((median.standard_error - 0.005).abs() < 1e-6, "{median:?}");
+        let p99 = quantile(&sorted, 0.99);
+        assert!((p99.standard_error - 0.000_994_94).abs() < 1e-6, "{p99:?}");
+        assert!(quantile(&[1.0], 0.5).standard_error.is_nan());
     }
 
     #[test]

@@ -143,21 +143,53 @@ impl<'m> Runner<'m> {
 
     /// Consumes `tokens` and calls `each(position, logits)` for every one of them.
     pub fn forward_all(&mut self, state: &mut State, tokens: &[u32], each: &mut dyn FnMut(usize, &[f32])) {
-        let h = *self.model.hparams();
-        let mut position = 0;
+        let mut first = 0;
         for chunk in tokens.chunks(self.compute.max_tokens()) {
             self.layers(&mut [Segment { state, n_tokens: chunk.len() }], chunk, None);
-            let b = &mut self.buffers;
-            for x in b.x[..chunk.len() * h.d_model].chunks(LOGIT_ROWS * h.d_model) {
-                let n_tokens = x.len() / h.d_model;
-                let logits = &mut b.logits[..n_tokens * h.vocab_size];
-                let kind = self.model.output_matrix().act_kind(self.precise, n_tokens);
-                self.compute.norm(x, &self.model.output_norm, h.layer_norm_epsilon, kind, &mut b.normed);
-                self.compute.matmul(&self.model.output_matrix().view(), &b.normed, logits, Then::Store);
-                for row in logits.chunks_exact(h.vocab_size) {
-                    each(position, row);
-                    position += 1;
-                }
+            self.logits_of(0..chunk.len(), &mut |i, logits| each(first + i, logits));
+            first += chunk.len();
+        }
+    }
+
+    /// As [`Self::forward_segments`], with the logits after some of the tokens: `each(i, logits)` for every `i` of
+    /// `wanted`, which are ascending places in `tokens`.
+    ///
+    /// # Panics
+    /// As [`Self::forward_segments`], or if a wanted place is beyond the tokens.
+    pub fn forward_wanted(
+        &mut self,
+        segments: &mut [Segment<'_>],
+        tokens: &[u32],
+        wanted: impl Iterator<Item = usize> + Clone,
+        each: &mut dyn FnMut(usize, &[f32]),
+    ) {
+        assert!(tokens.len() <= self.compute.max_tokens(), "{} tokens at once", tokens.len());
+        assert!(wanted.clone().all(|i| i < tokens.len()), "more logits than tokens");
+        self.layers(segments, tokens, None);
+        self.logits_of(wanted, each);
+    }
+
+    /// `each(i, logits)` for rows `wanted` of the residual stream, ascending. The rows move to the front.
+    fn logits_of(
+        &mut self,
+        wanted: impl Iterator<Item = usize> + Clone,
+        each: &mut dyn FnMut(usize, &[f32]),
+    ) {
+        let (h, b) = (*self.model.hparams(), &mut self.buffers);
+        let mut n = 0;
+        for i in wanted.clone() {
+            b.x.copy_within(i * h.d_model..(i + 1) * h.d_model, n * h.d_model);
+            n += 1;
+        }
+        let mut wanted = wanted;
+        for x in b.x[..n * h.d_model].chunks(LOGIT_ROWS * h.d_model) {
+            let n_tokens = x.len() / h.d_model;
+            let logits = &mut b.logits[..n_tokens * h.vocab_size];
+            let kind = self.model.output_matrix().act_kind(self.precise, n_tokens);
+            self.compute.norm(x, &self.model.output_norm, h.layer_norm_epsilon, kind, &mut b.normed);
+            self.compute.matmul(&self.model.output_matrix().view(), &b.normed, logits, Then::Store);
+            for (row, i) in logits.chunks_exact(h.vocab_size).zip(&mut wanted) {
+                each(i, row);
             }
         }
     }

@@ -45,7 +45,7 @@ pub struct GenerateOptions {
 
 /// Whether no number is NaN or infinite: the sum of the products with 0 is 0 only then. Without a branch, so that it
 /// costs nothing beside the logits themselves.
-fn all_finite(x: &[f32]) -> bool {
+pub(crate) fn all_finite(x: &[f32]) -> bool {
     x.chunks(64).all(|x| x.iter().map(|x| x * 0.0).sum::<f32>() == 0.0)
 }
 
@@ -60,32 +60,32 @@ impl<'m> Session<'m> {
     /// vocabulary, before anything is consumed; `NotFinite` if the logits hold a NaN or an infinity, which sound
     /// weights do not lead to; `Changed` if the model's file was written to meanwhile.
     pub fn prefill(&mut self, tokens: &[u32]) -> Result<()> {
-        self.check(tokens)?;
+        check_tokens(self.model, tokens)?;
         self.runner.forward(&mut self.state, tokens, &mut self.logits);
         self.model.check_unmodified()?;
         match all_finite(&self.logits) {
             true => Ok(()),
-            false => Err(self.not_finite()),
+            false => Err(not_finite(self.model)),
         }
     }
 
     /// Consumes `tokens` and calls `each(position, logits)` with the logits (vocab) after every one of them. Errors:
     /// as [`Self::prefill`].
     pub fn prefill_with_logits(&mut self, tokens: &[u32], mut each: impl FnMut(usize, &[f32])) -> Result<()> {
-        self.check(tokens)?;
+        check_tokens(self.model, tokens)?;
         let mut finite = true;
         self.runner.forward_all(&mut self.state, tokens, &mut |i, logits| {
             finite &= all_finite(logits);
             each(i, logits);
         });
         self.model.check_unmodified()?;
-        if finite { Ok(()) } else { Err(self.not_finite()) }
+        if finite { Ok(()) } else { Err(not_finite(self.model)) }
     }
 
     /// Consumes `tokens` and shows `observer` the inputs of every matrix; the logits stay as they were. Errors: a token
     /// outside the vocabulary, `Changed`. Whether the inputs are finite is the observer's to judge.
     pub fn observe(&mut self, tokens: &[u32], observer: &mut dyn Observer) -> Result<()> {
-        self.check(tokens)?;
+        check_tokens(self.model, tokens)?;
         self.runner.observe(&mut self.state, tokens, observer);
         self.model.check_unmodified()
     }
@@ -148,24 +148,25 @@ impl<'m> Session<'m> {
         let _ = each(None, &text.finish());
         Ok(stop)
     }
+}
 
-    fn not_finite(&self) -> Error {
-        Error::new(ErrorKind::NotFinite)
-            .file(self.model.path())
-            .what("logits")
-            .expected("finite numbers")
-            .found("NaN or an infinity")
-            .hint("the weights are damaged; `kestrel verify` finds where")
-    }
+pub(crate) fn not_finite(model: &Model) -> Error {
+    Error::new(ErrorKind::NotFinite)
+        .file(model.path())
+        .what("logits")
+        .expected("finite numbers")
+        .found("NaN or an infinity")
+        .hint("the weights are damaged; `kestrel verify` finds where")
+}
 
-    fn check(&self, tokens: &[u32]) -> Result<()> {
-        let vocab_size = self.model.hparams().vocab_size;
-        match tokens.iter().position(|&t| t as usize >= vocab_size) {
-            Some(i) => Err(Error::new(ErrorKind::OutOfRange)
-                .what(format!("token {i}"))
-                .expected(format!("an id below {vocab_size}"))
-                .found(tokens[i])),
-            None => Ok(()),
-        }
+/// `OutOfRange` if a token is outside the vocabulary.
+pub(crate) fn check_tokens(model: &Model, tokens: &[u32]) -> Result<()> {
+    let vocab_size = model.hparams().vocab_size;
+    match tokens.iter().position(|&t| t as usize >= vocab_size) {
+        Some(i) => Err(Error::new(ErrorKind::OutOfRange)
+            .what(format!("token {i}"))
+            .expected(format!("an id below {vocab_size}"))
+            .found(tokens[i])),
+        None => Ok(()),
     }
 }

@@ -106,6 +106,14 @@ impl Tokenizer {
         self.bos.filter(|_| self.add_bos)
     }
 
+    /// The token that stands before a text of which every token is to be predicted: the one that begins texts, or else
+    /// the one that ends them. `Missing` if there is neither.
+    pub fn text_start(&self) -> Result<u32> {
+        self.bos.or(self.end_tokens.first().copied()).ok_or_else(|| {
+            Error::new(ErrorKind::Missing).what("tokenizer").expected("a token that begins or ends texts")
+        })
+    }
+
     /// The text of `ids`; bytes that are no UTF-8 become U+FFFD.
     pub fn decode(&self, ids: &[u32]) -> String {
         let bytes: Vec<u8> = ids.iter().flat_map(|&id| self.token_bytes(id)).copied().collect();

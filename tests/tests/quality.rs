@@ -72,8 +72,8 @@ fn every_type_diverges_as_recorded_and_no_more_than_llama_cpp() {
             "{file_type:8} {:.3}  {kl:.7} ± {:.7}  {:.6}  {:.6}  {:.2} %      {peer:?}  {ours:?}",
             ppl,
             s.mean_kl.standard_error,
-            s.median_kl,
-            s.p99_kl,
+            s.median_kl.value,
+            s.p99_kl.value,
             100.0 * s.same_top1.value
         );
         measured.insert(file_type.to_owned(), json!((kl * 1e9).round() / 1e9));
@@ -102,8 +102,9 @@ fn against(
     each_scored(model, tokens, |w, position, log_probs| {
         let base: Vec<f64> =
             rows.next().expect("as many positions as the base").iter().map(|&l| l.into()).collect();
-        divergence.add(&base, log_probs);
-        perplexity.add(log_probs, tokens[w * N_CTX + position + 1]);
+        let next = tokens[w * N_CTX + position + 1];
+        divergence.add(&base, log_probs, next);
+        perplexity.add(log_probs, next);
     });
     (perplexity.estimate().value, divergence.summary())
 }

@@ -3,13 +3,13 @@
 use crate::failure::Outcome;
 use crate::model::ModelArgs;
 use crate::progress::Count;
+use crate::windows::Windows;
 use crate::{files, interrupt, output};
 use clap::Args;
 use kestrel_formats::atomic_file::check_target;
 use kestrel_formats::imatrix::{Imatrix, Origin};
 use kestrel_formats::{Error, ErrorKind, Result};
 use kestrel_runtime::Model;
-use kestrel_runtime::evaluate::windows;
 use kestrel_runtime::observe::ColumnEnergy;
 use kestrel_runtime::state::checksum;
 use std::path::{Path, PathBuf};
@@ -65,30 +65,28 @@ pub fn run(args: &ImatrixArgs) -> Outcome {
     let part = part_of(&target);
     let text = files::read_text(&args.file)?;
     let model = args.model.open()?;
-    let tokens = model.tokenizer()?.encode(&text, false)?;
-    let tokens = files::whole_windows(&args.file, tokens, args.ctx, args.chunks)?;
-    let mut work =
-        Work { args, model: &model, tokens: &tokens, done: 0, sums: ColumnEnergy::new(model.is_tied()) };
+    let windows = Windows::of_text(&args.file, &text, &model.tokenizer()?, args.ctx, args.chunks)?;
+    let sums = ColumnEnergy::new(model.is_tied());
+    let mut work = Work { args, model: &model, windows: &windows, done: 0, sums };
     work.begin(&part)?;
 
     let mut session = args.model.session(&model)?;
-    let n_windows = tokens.len() / args.ctx as usize;
-    let bar = Count::new("windows", n_windows, work.done);
+    let bar = Count::new("windows", windows.len(), work.done);
     interrupt::writing(&target);
     let stop = interrupt::flag();
     let mut saved = Instant::now();
-    for window in windows(tokens.len(), args.ctx as usize).skip(work.done) {
+    for window in windows.iter().skip(work.done) {
         if stop.load(Ordering::SeqCst) {
-            return Err(work.interrupted(&part, n_windows)?.into());
+            return Err(work.interrupted(&part)?.into());
         }
         if saved.elapsed() > SAVE_EVERY {
             work.matrix()?.write(&part, true)?;
             saved = Instant::now();
         }
         session.reset();
-        session.observe(tokens.get(window).unwrap_or_default(), &mut work.sums)?;
+        session.observe(&window, &mut work.sums)?;
         work.done += 1;
-        bar.advance("measured");
+        bar.advance(1, "measured");
     }
     drop(bar);
     model.check_unchanged()?;
@@ -117,8 +115,7 @@ fn part_of(target: &Path) -> PathBuf {
 struct Work<'a> {
     args: &'a ImatrixArgs,
     model: &'a Model,
-    /// Of all windows.
-    tokens: &'a [u32],
+    windows: &'a Windows,
     /// Windows measured.
     done: usize,
     sums: ColumnEnergy,
@@ -139,7 +136,8 @@ impl Work<'_> {
 
     /// The model, and the tokens of the first `n` windows.
     fn origin(&self, n: usize) -> Origin {
-        let read = &self.tokens[..(n * self.args.ctx as usize).min(self.tokens.len())];
+        let tokens = &self.windows.tokens;
+        let read = &tokens[..(n * self.windows.n_ctx).min(tokens.len())];
         let bytes: Vec<u8> = read.iter().flat_map(|t| t.to_le_bytes()).collect();
         Origin { model: self.model.fingerprint(), tokens: checksum(&bytes) }
     }
@@ -160,7 +158,7 @@ impl Work<'_> {
         let left = Imatrix::open(part)?;
         let done = left.chunks().unwrap_or(0) as usize;
         let matches = left.chunk_size() == Some(self.args.ctx) && left.origin() == Some(self.origin(done));
-        if !matches || done > self.tokens.len() / self.args.ctx as usize {
+        if !matches || done > self.windows.len() {
             return Err(Error::new(ErrorKind::Inconsistent)
                 .file(part)
                 .what("interrupted run")
@@ -173,7 +171,7 @@ impl Work<'_> {
     }
 
     /// Keeps what was measured and says so.
-    fn interrupted(&self, part: &Path, n_windows: usize) -> Result<Error> {
+    fn interrupted(&self, part: &Path) -> Result<Error> {
         let error = Error::new(ErrorKind::Interrupted);
         if self.done == 0 {
             return Ok(error);
@@ -181,7 +179,7 @@ impl Work<'_> {
         self.matrix()?.write(part, true)?;
         Ok(error
             .file(part)
-            .found(format!("{} of {n_windows} windows", self.done))
+            .found(format!("{} of {} windows", self.done, self.windows.len()))
             .hint("the same command with --resume goes on"))
     }
 }

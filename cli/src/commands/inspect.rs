@@ -169,7 +169,7 @@ fn shortest(x: f32) -> Json {
 }
 
 /// A scalar as it is; of an array its length and head.
-fn field_json(field: &Field) -> Json {
+pub(super) fn field_json(field: &Field) -> Json {
     macro_rules! numbers {
         ($value:expr; $($variant:ident),*) => {
             match $value {
@@ -281,7 +281,7 @@ impl Contents {
 }
 
 /// A value on one line, long texts and arrays cut.
-fn show(value: &Json) -> String {
+pub(super) fn show(value: &Json) -> String {
     match value {
         Json::String(text) => cut(&output::printable(text)),
         Json::Object(array) => {

@@ -4,6 +4,8 @@ mod bench;
 mod calibrate;
 mod convert;
 mod demo;
+mod diff;
+mod eval;
 mod imatrix;
 mod inspect;
 mod logits;
@@ -29,6 +31,8 @@ pub enum Command {
     Perplexity(perplexity::PerplexityArgs),
     Imatrix(imatrix::ImatrixArgs),
     Calibrate(calibrate::CalibrateArgs),
+    Eval(eval::EvalArgs),
+    Diff(diff::DiffArgs),
     Verify(verify::VerifyArgs),
 }
 
@@ -46,6 +50,8 @@ pub fn run(command: Command) -> Outcome {
         Command::Perplexity(args) => perplexity::run(&args),
         Command::Imatrix(args) => imatrix::run(&args),
         Command::Calibrate(args) => calibrate::run(&args),
+        Command::Eval(args) => eval::run(&args),
+        Command::Diff(args) => diff::run(&args),
         Command::Verify(args) => verify::run(&args),
     }
 }

@@ -215,6 +215,11 @@ impl Gguf {
         (&self.parts[t.part].map, t.offset as usize..(t.offset + t.n_bytes) as usize)
     }
 
+    /// `Changed` if a part was modified or replaced since it was opened.
+    pub fn check_unchanged(&self) -> Result<()> {
+        self.parts.iter().try_for_each(|part| part.map.check_unchanged())
+    }
+
     /// What is odd about the file and yet no reason to refuse it.
     pub fn warnings(&self) -> &[String] {
         &self.warnings
