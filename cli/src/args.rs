@@ -83,7 +83,7 @@ pub struct ConversionArgs {
     pub output: Option<PathBuf>,
 
     /// Type of most tensors, as llama-quantize spells it: f32 f16 bf16 q8_0 q4_0 q4_1 q5_0 q5_1 q2_k q3_k_s
-    /// q3_k_m q3_k_l q4_k_s q4_k_m q5_k_s q5_k_m q6_k iq4_nl iq4_xs; or a checkpoint folder as bitsandbytes saves it:
+    /// q3_k_m q3_k_l q4_k_s q4_k_m q5_k_s q5_k_m q6_k iq4_nl iq4_xs; or our mixes ssm_s ssm_m ssm_l; or a checkpoint folder as bitsandbytes saves it:
     /// bnb-nf4 bnb-fp4 bnb-int8 (convert only)
     #[arg(long = "type", value_name = "TYPE", value_parser = parse_output_type)]
     #[arg(required_unless_present_any = ["target_size", "target_bpw", "target_kl"])]
@@ -100,6 +100,11 @@ pub struct ConversionArgs {
     /// Quantize with error feedback, by what `kestrel calibrate` measured
     #[arg(long, value_name = "FILE", conflicts_with = "imatrix")]
     pub calibration: Option<PathBuf>,
+
+    /// With --calibration: after error feedback, change single codes and scales as long as that brings the outputs of
+    /// the matrix closer
+    #[arg(long, value_enum, default_value_t, value_name = "HOW")]
+    pub search: Search,
 
     /// With --calibration: choose types so that the file has at most this size (4139360, 4.0GB, 3.9GiB, 800MB) and
     /// diverges as little as possible
@@ -150,6 +155,16 @@ pub struct TextArgs {
     /// A file that holds the text; - is stdin
     #[arg(short, long, value_name = "FILE")]
     pub file: Option<PathBuf>,
+}
+
+/// How long codes and scales are searched.
+#[derive(Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum Search {
+    /// The type's own search, and error feedback if there is a calibration
+    #[default]
+    Fast,
+    /// Then single codes and scales in turns
+    Best,
 }
 
 /// What a conversion makes.

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub(crate) struct Feedbacks<'a> {
     plan: &'a Plan,
     calibration: Option<&'a Calibration>,
+    sweeps: usize,
     slots: Vec<Slot>,
 }
 
@@ -26,7 +27,7 @@ impl<'a> Feedbacks<'a> {
         let rows = |shape: &[u64]| shape.iter().rev().skip(1).product::<u64>();
         let slot = |rows_left: u64| Slot { feedback: Mutex::new(None), rows_left: AtomicU64::new(rows_left) };
         let slots = plan.tensors.iter().map(|t| slot(rows(&t.shape))).collect();
-        Self { plan, calibration: options.calibration.as_ref(), slots }
+        Self { plan, calibration: options.calibration.as_ref(), sweeps: options.sweeps, slots }
     }
 
     /// Of this tensor, if the plan says that it has some. Errors: `Inconsistent` if its products are not those of
@@ -38,6 +39,7 @@ impl<'a> Feedbacks<'a> {
         if slot.is_none() {
             let products = calibration.products(&planned.name);
             let feedback = products.and_then(|(products, group)| Feedback::new(products, group));
+            let feedback = feedback.map(|f| f.with_sweeps(self.sweeps));
             *slot = Some(Arc::new(feedback.ok_or_else(|| {
                 Error::new(ErrorKind::Inconsistent)
                     .file(calibration.path())

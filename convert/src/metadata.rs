@@ -17,6 +17,8 @@ use std::path::Path;
 pub const SOURCE_SHA256: &str = "kestrel.source.sha256";
 /// What [`SOURCE_SHA256`] was in a GGUF that was itself the source: the files of the checkpoint.
 const ORIGIN_SHA256: &str = "kestrel.origin.sha256";
+/// The calibration by which tensors were quantized with error feedback.
+pub(crate) const CALIBRATION_FILE: &str = "kestrel.calibration.file";
 /// Mean KL divergence from the source, as the calibration predicts it.
 const PREDICTED_KL: &str = "kestrel.predicted_kl";
 const FILE_TYPE: &str = "general.file_type";
@@ -59,7 +61,7 @@ pub(crate) fn pairs(
         imatrix_provenance(imatrix).into_iter().for_each(|(key, value)| add(key, value));
     }
     if let Some(calibration) = options.calibration.as_ref().filter(|_| tensors.iter().any(|t| t.fed)) {
-        add("kestrel.calibration.file", calibration.path().display().to_string().into());
+        add(CALIBRATION_FILE, calibration.path().display().to_string().into());
         add("kestrel.calibration.dataset", calibration.dataset().unwrap_or_default().into());
     }
     if let Some(kl) = predicted_kl {

@@ -32,6 +32,8 @@ pub struct Options {
     pub imatrix: Option<Imatrix>,
     /// What the inputs of each matrix are like: they are quantized with error feedback.
     pub calibration: Option<Calibration>,
+    /// How often codes and scales are gone over after error feedback.
+    pub sweeps: usize,
     /// What the file must keep to; needs a calibration, which then chooses the types.
     pub target: Option<Target>,
     /// Worker threads.
@@ -46,7 +48,7 @@ impl Options {
     /// A conversion to this recipe on all cores, without importance matrix, replacing nothing.
     pub fn new(recipe: Recipe) -> Self {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        Self { recipe, imatrix: None, calibration: None, target: None, threads, force: false, isa: Isa::best() }
+        Self { recipe, imatrix: None, calibration: None, sweeps: 0, target: None, threads, force: false, isa: Isa::best() }
     }
 }
 

@@ -115,6 +115,11 @@ impl Calibration {
         self.file.path()
     }
 
+    /// The types whose divergence was measured.
+    pub fn types(&self) -> &[GgmlType] {
+        &self.types
+    }
+
     /// The text that it was made from.
     pub fn dataset(&self) -> Option<&str> {
         self.file.metadata().str(DATASET).ok().flatten()

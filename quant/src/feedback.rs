@@ -23,8 +23,8 @@ use crate::isa::{Isa, Work};
 const DAMPING: f64 = 0.01;
 /// Rows that go together.
 const ROWS: usize = 16;
-/// How often codes and scales are gone over after the feedback, unless told otherwise.
-const SWEEPS: usize = 3;
+/// Sweeps after which hardly any code or scale still changes.
+pub const SWEEPS_BEST: usize = 8;
 
 /// What the inputs of one matrix are like, prepared for quantizing its rows.
 pub struct Feedback {
@@ -55,7 +55,7 @@ impl Feedback {
         // Inputs that are all zero make every error equal.
         let damping = if mean > 0.0 { DAMPING * mean } else { 1.0 };
         let mut out =
-            Self { group, products: products.to_vec(), factor: Vec::new(), importance: Vec::new(), sweeps: SWEEPS };
+            Self { group, products: products.to_vec(), factor: Vec::new(), importance: Vec::new(), sweeps: 0 };
         for h in out.products.chunks_mut(group * group) {
             h.iter_mut().step_by(group + 1).for_each(|x| *x += damping as f32);
             let (factor, d) = factorize(h, group)?;
@@ -65,7 +65,7 @@ impl Feedback {
         Some(out)
     }
 
-    /// Sets how often codes and scales are gone over after the feedback.
+    /// Sets how often codes and scales are gone over after the feedback, at most; 0 unless told otherwise.
     pub fn with_sweeps(self, sweeps: usize) -> Self {
         Self { sweeps, ..self }
     }

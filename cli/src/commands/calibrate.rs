@@ -3,6 +3,7 @@
 use crate::failure::Outcome;
 use crate::model::ModelArgs;
 use crate::progress::Count;
+use crate::windows::Windows;
 use crate::{files, interrupt, output};
 use clap::Args;
 use kestrel_formats::arch::{Role, spec};
@@ -10,7 +11,7 @@ use kestrel_formats::calibration::{CalibratedMatrix, CalibrationSource, Calibrat
 use kestrel_formats::{Error, ErrorKind, GgmlType, Result};
 use kestrel_quant::feedback::Feedback;
 use kestrel_runtime::Model;
-use kestrel_runtime::evaluate::{Divergence, log_softmax, scored, windows};
+use kestrel_runtime::evaluate::{Divergence, log_softmax, scored};
 use kestrel_runtime::observe::ColumnProducts;
 use kestrel_runtime::probe::Quantizer;
 use kestrel_runtime::state::checksum;
@@ -88,10 +89,9 @@ pub fn run(args: &CalibrateArgs) -> Outcome {
         let note = format!("calibrating a model that is quantized already ({})", m.dtype);
         output::warnings(model.path(), &[note]);
     }
-    let tokens = model.tokenizer()?.encode(&text, false)?;
-    let tokens = files::whole_windows(&args.file, tokens, args.ctx, args.chunks)?;
+    let windows = Windows::of_text(&args.file, &text, &model.tokenizer()?, args.ctx, args.chunks)?;
     let matrices = matrices(&model, args.group as usize);
-    let bytes: Vec<u8> = tokens.iter().flat_map(|t| t.to_le_bytes()).collect();
+    let bytes: Vec<u8> = windows.tokens.iter().flat_map(|t| t.to_le_bytes()).collect();
     let source = CalibrationSource {
         model: model.fingerprint(),
         tokens: checksum(&bytes),
@@ -101,7 +101,7 @@ pub fn run(args: &CalibrateArgs) -> Outcome {
     };
     let list: Vec<_> = matrices.iter().map(|(_, _, m)| m.clone()).collect();
     let writer = CalibrationWriter::open(&args.output, &source, &list, (args.force, args.resume))?;
-    let work = Work { args, tokens: &tokens, matrices: &matrices, writer: &writer };
+    let work = Work { args, windows: &windows, matrices: &matrices, writer: &writer };
     work.products(&model)?;
     if args.kl_chunks > 0 {
         work.divergences(&mut model)?;
@@ -131,16 +131,12 @@ fn matrices(model: &Model, most: usize) -> Vec<(Role, usize, CalibratedMatrix)> 
 /// A measurement under way.
 struct Work<'a> {
     args: &'a CalibrateArgs,
-    tokens: &'a [u32],
+    windows: &'a Windows,
     matrices: &'a [(Role, usize, CalibratedMatrix)],
     writer: &'a CalibrationWriter,
 }
 
 impl Work<'_> {
-    fn windows(&self) -> impl Iterator<Item = &[u32]> {
-        windows(self.tokens.len(), self.args.ctx as usize).filter_map(|w| self.tokens.get(w))
-    }
-
     /// The products of all layers that are not there yet.
     fn products(&self, model: &Model) -> Result<()> {
         let so_far = self.writer.so_far()?;
@@ -161,16 +157,15 @@ impl Work<'_> {
             }
             passes.push(first..end);
         }
-        let n_windows = self.windows().count();
-        let bar = Count::new("windows of inputs", n_windows * passes.len(), 0);
+        let bar = Count::new("windows of inputs", self.windows.len() * passes.len(), 0);
         let mut session = self.args.model.session(model)?;
         for layers in passes {
             let mut sums = ColumnProducts::new(layers.clone(), self.args.group as usize, model.is_tied());
-            for window in self.windows() {
+            for window in self.windows.iter() {
                 self.check_interrupt()?;
                 session.reset();
-                session.observe(window, &mut sums)?;
-                bar.advance(&format!("layers {} to {}", layers.start, layers.end - 1));
+                session.observe(&window, &mut sums)?;
+                bar.advance(1, &format!("layers {} to {}", layers.start, layers.end - 1));
             }
             for (name, means, count) in sums.means() {
                 if self.matrices.iter().any(|(_, _, m)| m.name == name) {
@@ -217,26 +212,23 @@ impl Work<'_> {
             let of_share = |share: &f64| if share.is_nan() { 0.0 } else { (kl * share) as f32 };
             let all: Vec<f32> = shares.iter().map(of_share).collect();
             self.writer.divergence(&m.name, &all)?;
-            bar.advance(&format!("{} as {probe}: KL {kl:.2e}", m.name));
+            bar.advance(1, &format!("{} as {probe}: KL {kl:.2e}", m.name));
         }
         Ok(())
     }
 
-    /// Calls `each` with the logits of the scored positions of the windows that the divergence is measured on.
-    fn logits(&self, model: &Model, mut each: impl FnMut(usize, &[f32])) -> Result<()> {
+    /// Calls `each` with the logits of the scored positions of the windows that the divergence is measured on, and the
+    /// token that follows.
+    fn logits(&self, model: &Model, mut each: impl FnMut(u32, &[f32])) -> Result<()> {
         let options = self.args.model.runner_options(self.args.model.threads.get());
         let options = kestrel_runtime::RunnerOptions { precise: true, ..options };
         let mut session = kestrel_runtime::Session::new(model, &options)?;
-        let mut n = 0;
-        for window in self.windows().take(self.args.kl_chunks as usize) {
+        for window in self.windows.iter().take(self.args.kl_chunks as usize) {
             let scored = scored(window.len());
-            let (unscored, read) = (&window[..scored.start], &window[scored]);
+            let (unscored, read) = (&window[..scored.start], &window[scored.clone()]);
             session.reset();
             session.prefill(unscored)?;
-            session.prefill_with_logits(read, |_, logits| {
-                each(n, logits);
-                n += 1;
-            })?;
+            session.prefill_with_logits(read, |i, logits| each(window[scored.start + i + 1], logits))?;
         }
         Ok(())
     }
@@ -257,13 +249,14 @@ impl Work<'_> {
         let mut sum = Divergence::default();
         let vocab = model.hparams().vocab_size;
         let (mut p, mut q) = (vec![0.0; vocab], vec![0.0; vocab]);
-        self.logits(model, |i, logits| {
+        let mut base = base.iter();
+        self.logits(model, |next, logits| {
             log_softmax(logits, &mut q);
             // Normalized again, or the rounding of the base would show.
-            log_softmax(&base[i], &mut p);
-            sum.add(&p, &q);
+            base.next().into_iter().for_each(|base| log_softmax(base, &mut p));
+            sum.add(&p, &q, next);
         })?;
-        Ok(sum.summary().mean_kl.value.max(0.0))
+        Ok(sum.mean_kl().max(0.0))
     }
 
     fn check_interrupt(&self) -> Result<()> {

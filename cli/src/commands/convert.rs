@@ -1,6 +1,6 @@
 //! `kestrel convert`: a Hugging Face folder becomes a GGUF file, or a folder of bitsandbytes, in one pass. What it shares with `quantize` is here.
 
-use crate::args::{ConversionArgs, OutputType};
+use crate::args::{ConversionArgs, OutputType, Search};
 use crate::failure::Outcome;
 use crate::model::BNB_BLOCKSIZE;
 use crate::output::{self, Table};
@@ -14,6 +14,7 @@ use kestrel_formats::checkpoint::Checkpoint;
 use kestrel_formats::calibration::Calibration;
 use kestrel_formats::imatrix::Imatrix;
 use kestrel_formats::{Error, ErrorKind, GgmlType, Result, WeightType};
+use kestrel_quant::feedback::SWEEPS_BEST;
 use kestrel_quant::isa::Isa;
 use kestrel_quant::recipe::{Bnb, Recipe};
 use kestrel_runtime::kernels;
@@ -202,11 +203,24 @@ fn options(args: &ConversionArgs) -> Result<Options> {
         recipe: Recipe::new(file_type, &args.tensor_type)?,
         imatrix: args.imatrix.as_deref().map(Imatrix::open).transpose()?,
         calibration: args.calibration.as_deref().map(Calibration::open).transpose()?,
+        sweeps: sweeps(args)?,
         target: args.target(),
         threads: args.threads.get(),
         force: args.force,
         isa: isa()?,
     })
+}
+
+/// How often codes and scales are gone over.
+fn sweeps(args: &ConversionArgs) -> Result<usize> {
+    match (args.search, &args.calibration) {
+        (Search::Fast, _) => Ok(0),
+        (Search::Best, Some(_)) => Ok(SWEEPS_BEST),
+        (Search::Best, None) => Err(Error::new(ErrorKind::Usage)
+            .what("--search best")
+            .expected("--calibration")
+            .hint("kestrel calibrate measures what is searched by")),
+    }
 }
 
 /// What `KESTREL_ISA` allows of the instruction sets that quantize.
