@@ -48,7 +48,16 @@ impl Options {
     /// A conversion to this recipe on all cores, without importance matrix, replacing nothing.
     pub fn new(recipe: Recipe) -> Self {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        Self { recipe, imatrix: None, calibration: None, sweeps: 0, target: None, threads, force: false, isa: Isa::best() }
+        Self {
+            recipe,
+            imatrix: None,
+            calibration: None,
+            sweeps: 0,
+            target: None,
+            threads,
+            force: false,
+            isa: Isa::best(),
+        }
     }
 }
 
@@ -104,7 +113,8 @@ pub fn plan(source: &Source, options: &Options) -> Result<Plan> {
     let input = Input::of(source)?;
     let planned = with_types(source, &input, options, &Types::new())?;
     let Some(target) = options.target else { return Ok(planned.plan(input)) };
-    let bits = 8.0 / planned.tensors.iter().map(|t| t.shape.iter().product::<u64>()).sum::<u64>().max(1) as f64;
+    let bits =
+        8.0 / planned.tensors.iter().map(|t| t.shape.iter().product::<u64>()).sum::<u64>().max(1) as f64;
     let (most, goal) = match target {
         Target::Bytes(n) => (n, Goal::Bytes(n)),
         Target::BitsPerWeight(bpw) => ((bpw / bits) as u64, Goal::Bytes((bpw / bits) as u64)),
@@ -119,7 +129,8 @@ pub fn plan(source: &Source, options: &Options) -> Result<Plan> {
             kl => kl,
         };
         let picked = allocate(&choices, goal).ok_or_else(|| out_of_reach(target, &choices, rest, bits))?;
-        let types = names.iter().zip(choices.iter().zip(picked)).map(|(n, (c, i))| (n.clone(), c[i].ty)).collect();
+        let types =
+            names.iter().zip(choices.iter().zip(picked)).map(|(n, (c, i))| (n.clone(), c[i].ty)).collect();
         let planned = with_types(source, &input, options, &types)?;
         // Padding depends on the types.
         match planned.file_bytes.checked_sub(most) {

@@ -79,7 +79,8 @@ pub fn run(
             .name("kestrel-checker".into())
             .spawn_scoped(scope, move || check_behind(plan, file, &receiver, CHECK_BYTES, stop))
             .map_err(thread_refused)?;
-        let converting = Converting { plan, options, feedbacks: Feedbacks::new(plan, options), file, progress };
+        let converting =
+            Converting { plan, options, feedbacks: Feedbacks::new(plan, options), file, progress };
         let streamed = stream(job, Scratch::default, |scratch, piece, bytes| {
             let written = convert_piece(&converting, scratch, piece, bytes)?;
             // Only after an error does nobody listen; it is reported below.
@@ -122,7 +123,12 @@ struct Converting<'a> {
     progress: &'a dyn Progress,
 }
 
-fn convert_piece(job: &Converting<'_>, scratch: &mut Scratch, piece: &Piece, bytes: &[u8]) -> Result<Written> {
+fn convert_piece(
+    job: &Converting<'_>,
+    scratch: &mut Scratch,
+    piece: &Piece,
+    bytes: &[u8],
+) -> Result<Written> {
     let Converting { plan, options, file, progress, .. } = *job;
     let (target, tensor) = (&plan.tensors[piece.tensor], &plan.input.tensors[piece.tensor]);
     if piece.first_row == 0 {

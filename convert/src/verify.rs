@@ -115,7 +115,8 @@ pub fn verify(
     // Error feedback brings the outputs closer and takes the weights further away.
     let fed = file.metadata().contains(CALIBRATION_FILE);
     let factor = if fed { 2.0 } else { 1.0 };
-    let judged = input.tensors.iter().zip(&matched).zip(stats).map(|((t, m), stats)| judge(t, m, stats, factor));
+    let judged =
+        input.tensors.iter().zip(&matched).zip(stats).map(|((t, m), stats)| judge(t, m, stats, factor));
     report.tensors.extend(judged);
     input.files.iter().chain(&target.files).try_for_each(InputFile::check_unchanged)?;
     Ok(report)

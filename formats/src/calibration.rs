@@ -80,7 +80,10 @@ impl Calibration {
         let ty = |name: &[u8]| {
             let name = String::from_utf8_lossy(name);
             GgmlType::from_name(&name).ok_or_else(|| {
-                Error::new(ErrorKind::Unexpected).what(format!("key \"{TYPES}\"")).expected("types").found(name)
+                Error::new(ErrorKind::Unexpected)
+                    .what(format!("key \"{TYPES}\""))
+                    .expected("types")
+                    .found(name)
             })
         };
         let types = names.iter().flat_map(|n| n.iter()).map(ty).collect::<Result<Vec<_>>>()?;
@@ -246,7 +249,9 @@ impl CalibrationWriter {
 
     fn put(&self, gguf_name: &str, suffix: &str, numbers: &[f32]) -> Result<()> {
         let Some(&offset) = self.offsets.get(&format!("{gguf_name}{suffix}")) else {
-            return Err(Error::new(ErrorKind::Missing).what(format!("matrix \"{gguf_name}\" in the calibration")));
+            return Err(
+                Error::new(ErrorKind::Missing).what(format!("matrix \"{gguf_name}\" in the calibration"))
+            );
         };
         let bytes: Vec<u8> = numbers.iter().flat_map(|x| x.to_le_bytes()).collect();
         self.file.write_all_at(&bytes, offset).map_err(|e| Error::io(&self.part, "writing", e).at(offset))
@@ -336,7 +341,10 @@ mod tests {
             CalibrationWriter::open(&target, source, &matrices, (false, resume)).map_err(|e| e.kind())
         };
         assert_eq!(open(&source(), false).err(), Some(ErrorKind::OutputExists));
-        assert_eq!(open(&CalibrationSource { tokens: 3, ..source() }, true).err(), Some(ErrorKind::Inconsistent));
+        assert_eq!(
+            open(&CalibrationSource { tokens: 3, ..source() }, true).err(),
+            Some(ErrorKind::Inconsistent)
+        );
         let writer = open(&source(), true).unwrap();
         writer.divergence("embd", &[0.5, 0.0]).unwrap();
         writer.divergence("a", &[f32::INFINITY, 0.25]).unwrap();
@@ -360,13 +368,20 @@ mod tests {
             std::fs::write(dir.join(name), bytes).unwrap();
             Calibration::open(&dir.join(name)).err().map(|e| e.kind())
         };
-        let tensor = |name: &str, dtype, shape: &[u64]| TensorDecl { name: name.into(), dtype, shape: shape.into() };
+        let tensor =
+            |name: &str, dtype, shape: &[u64]| TensorDecl { name: name.into(), dtype, shape: shape.into() };
         let f32 = GgmlType::F32;
         assert_eq!(write("none", &[], &[]), Some(ErrorKind::Unexpected));
         assert_eq!(write("empty", &pairs(&source()), &[]), None);
-        assert_eq!(write("f16", &pairs(&source()), &[tensor("a.kl", GgmlType::F16, &[2])]), Some(ErrorKind::WrongType));
+        assert_eq!(
+            write("f16", &pairs(&source()), &[tensor("a.kl", GgmlType::F16, &[2])]),
+            Some(ErrorKind::WrongType)
+        );
         assert_eq!(write("kl", &pairs(&source()), &[tensor("a.kl", f32, &[3])]), Some(ErrorKind::BadShape));
-        assert_eq!(write("lone", &pairs(&source()), &[tensor("a.products", f32, &[4, 2])]), Some(ErrorKind::Missing));
+        assert_eq!(
+            write("lone", &pairs(&source()), &[tensor("a.products", f32, &[4, 2])]),
+            Some(ErrorKind::Missing)
+        );
         let uneven = [tensor("a.products", f32, &[5, 2]), tensor("a.count", f32, &[1])];
         assert_eq!(write("uneven", &pairs(&source()), &uneven), Some(ErrorKind::BadShape));
         std::fs::remove_dir_all(dir).unwrap();

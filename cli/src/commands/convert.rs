@@ -10,8 +10,8 @@ use clap::{Args, ValueEnum};
 use kestrel_convert::{BnbOptions, BnbPlan, Options, Plan, Source};
 use kestrel_formats::atomic_file::check_target;
 use kestrel_formats::atomic_folder::check_target_folder;
-use kestrel_formats::checkpoint::Checkpoint;
 use kestrel_formats::calibration::Calibration;
+use kestrel_formats::checkpoint::Checkpoint;
 use kestrel_formats::imatrix::Imatrix;
 use kestrel_formats::{Error, ErrorKind, GgmlType, Result, WeightType};
 use kestrel_quant::feedback::SWEEPS_BEST;
@@ -96,7 +96,8 @@ impl BnbArgs {
 fn to_bnb(source: &Checkpoint, dtype: WeightType, args: &ConvertArgs) -> Outcome {
     let (conversion, bnb) = (&args.conversion, &args.bnb);
     let usage = |what: &str, expected: &str| Error::new(ErrorKind::Usage).what(what).expected(expected);
-    let of_gguf = conversion.imatrix.is_some() || conversion.calibration.is_some() || conversion.target().is_some();
+    let of_gguf =
+        conversion.imatrix.is_some() || conversion.calibration.is_some() || conversion.target().is_some();
     if !conversion.tensor_type.is_empty() || of_gguf {
         let options = "--tensor-type, --imatrix, --calibration, --target-size, --target-bpw, --target-kl";
         return Err(usage(options, "a GGUF type: bitsandbytes has none of them").into());
