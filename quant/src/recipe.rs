@@ -2,8 +2,8 @@
 //!
 //! The rules are those that llama-quantize applies to the `mamba` architecture: it knows no category for `ssm_*`, so
 //! the small, medium and large variants of a K type are the same file. `ssm_s`, `ssm_m` and `ssm_l` are our own: about as
-//! large as q3_k, q4_k and q5_k, with bits where measured divergence is, in the projections into and out of the mixer
-//! and in the embedding, and few in `ssm_x` and `ssm_dt`.
+//! large as q3_k, q4_k and q5_k, with bits where measured divergence is, in the projection out of the mixer and in the
+//! embedding, and few in `ssm_x` and `ssm_dt`.
 
 use kestrel_formats::arch::{Role, Storage, TensorSpec};
 use kestrel_formats::{Error, ErrorKind, GgmlType, Result, WeightType};
@@ -87,11 +87,9 @@ const SSM_M: [(Role, GgmlType); 5] = [
     (Role::TokenEmbd, GgmlType::Q5K),
     (Role::Output, GgmlType::Q6K),
 ];
-const SSM_L: [(Role, GgmlType); 5] = [
+const SSM_L: [(Role, GgmlType); 3] = [
     (Role::SsmOut, GgmlType::Q6K),
-    (Role::SsmX, GgmlType::Q4K),
-    (Role::SsmDt, GgmlType::Q3K),
-    (Role::TokenEmbd, GgmlType::Q6K),
+    (Role::SsmDt, GgmlType::Q4K),
     (Role::Output, GgmlType::Q6K),
 ];
 
