@@ -365,8 +365,8 @@ impl Row<'_> {
     ) -> bool {
         let (n, start, len) = (self.weights.len(), b * self.len, self.len);
         let mut v = [0f32; 256];
-        for i in 0..len {
-            v[i] = direction(&self.parts[b], i / self.taken.shape.sub_len, self.numbers[start + i]);
+        for (i, (v, number)) in v.iter_mut().zip(&self.numbers[start..start + len]).enumerate() {
+            *v = direction(&self.parts[b], i / self.taken.shape.sub_len, *number);
         }
         let slope = dot(&v[..len], &self.gradient[start..start + len]);
         let curvature: f32 =
@@ -382,23 +382,23 @@ impl Row<'_> {
     #[inline(always)]
     fn offer(&mut self, b: usize, parts: Parts, from: usize, n_cols: usize) -> bool {
         let n = self.weights.len();
-        let mut moved = [0f32; 256]; // by which the errors change
+        let mut moved = [0f32; 256];
+        let moved = &mut moved[..n_cols]; // by which the errors change
         let (mut slope, mut curvature) = (0.0, 0.0);
-        for i in 0..n_cols {
-            let k = from + i;
+        for (k, moved) in (from..).zip(moved.iter_mut()) {
             let (scale, min) = parts.scale_min(k % self.len / self.taken.shape.sub_len);
-            moved[i] = self.weights[k] - (scale * self.numbers[k] - min) - self.errors[k];
+            *moved = self.weights[k] - (scale * self.numbers[k] - min) - self.errors[k];
         }
-        for i in 0..n_cols {
-            slope += moved[i] * self.gradient[from + i];
-            curvature += moved[i] * dot(&self.h[(from + i) * n + from..][..n_cols], &moved[..n_cols]);
+        for (k, by) in (from..).zip(moved.iter()) {
+            slope += by * self.gradient[k];
+            curvature += by * dot(&self.h[k * n + from..][..n_cols], moved);
         }
         let better = 2.0 * slope + curvature < 0.0;
         if better {
             self.parts[b] = parts;
-            for i in 0..n_cols {
-                self.errors[from + i] += moved[i];
-                add_scaled(self.gradient, moved[i], &self.h[(from + i) * n..][..n]);
+            for (k, by) in (from..).zip(moved.iter()) {
+                self.errors[k] += by;
+                add_scaled(self.gradient, *by, &self.h[k * n..][..n]);
             }
         }
         better

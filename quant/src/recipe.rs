@@ -87,11 +87,8 @@ const SSM_M: [(Role, GgmlType); 5] = [
     (Role::TokenEmbd, GgmlType::Q5K),
     (Role::Output, GgmlType::Q6K),
 ];
-const SSM_L: [(Role, GgmlType); 3] = [
-    (Role::SsmOut, GgmlType::Q6K),
-    (Role::SsmDt, GgmlType::Q4K),
-    (Role::Output, GgmlType::Q6K),
-];
+const SSM_L: [(Role, GgmlType); 3] =
+    [(Role::SsmOut, GgmlType::Q6K), (Role::SsmDt, GgmlType::Q4K), (Role::Output, GgmlType::Q6K)];
 
 /// Short names that llama-quantize also takes.
 const ALIASES: [(&str, FileType); 3] =
