@@ -18,7 +18,7 @@ use std::path::Path;
 
 const VERSION: u32 = 1;
 /// Tokens of a window, and windows of a file.
-const N_CTX: std::ops::RangeInclusive<u32> = 2..=1 << 20;
+const N_CTX: std::ops::RangeInclusive<u32> = 4..=1 << 20;
 /// llama.cpp leaves out what is this much less likely than the most likely token, in nats.
 const LEAST: f32 = 16.0;
 
@@ -233,16 +233,16 @@ impl KlBase {
     }
 
     /// The log-probabilities (vocab) at scored position `i`, counted over all windows; minus infinity for what
-    /// llama.cpp left out. Errors: `NotFinite`.
+    /// llama.cpp left out, unless it is the token `next` that really follows. Errors: `NotFinite`.
     ///
     /// # Panics
     /// If there is no such position.
-    pub fn log_probs(&self, i: usize, out: &mut [f64]) -> Result<()> {
+    pub fn log_probs(&self, i: usize, next: u32, out: &mut [f64]) -> Result<()> {
         let start = self.extent.rows_at() + i as u64 * self.extent.row_bytes();
         // The file's length was checked, so all of it lies in memory.
         let row = &self.map[start as usize..(start + self.extent.row_bytes()) as usize];
         match self.extent.layout {
-            Layout::LlamaCpp => decode(row, out),
+            Layout::LlamaCpp => decode(row, next, out),
             Layout::F32 => {
                 let logits: Vec<f32> = row.as_chunks().0.iter().map(|w| f32::from_le_bytes(*w)).collect();
                 log_softmax(&logits, out);
@@ -252,6 +252,7 @@ impl KlBase {
         match out.iter().all(|p| *p < 0.1) {
             true => Ok(()),
             false => Err(Error::new(ErrorKind::NotFinite)
+                .file(self.map.path())
                 .at(start)
                 .what(format!("log-probabilities of position {i}"))
                 .expected("numbers that are not positive")
@@ -260,13 +261,13 @@ impl KlBase {
     }
 }
 
-fn decode(row: &[u8], out: &mut [f64]) {
+fn decode(row: &[u8], next: u32, out: &mut [f64]) {
     let (words, _) = row.as_chunks::<4>();
     let (scale, least) = (f32::from_le_bytes(words[0]), f32::from_le_bytes(words[1]));
     let (codes, _) = row[8..].as_chunks::<2>();
-    for (out, code) in out.iter_mut().zip(codes) {
+    for ((token, out), code) in (0..).zip(out).zip(codes) {
         let p = scale * f32::from(u16::from_le_bytes(*code)) + least;
-        *out = if p <= -LEAST { f64::NEG_INFINITY } else { p.into() };
+        *out = if p <= -LEAST && token != next { f64::NEG_INFINITY } else { p.into() };
     }
 }
 
@@ -288,9 +289,11 @@ mod tests {
         let codes: Vec<u16> = row[8..].as_chunks().0.iter().map(|c| u16::from_le_bytes(*c)).collect();
         assert_eq!(codes, [61439, 65535, 0, 0]);
         let mut out = [0.0; 3];
-        decode(&row, &mut out);
+        decode(&row, 0, &mut out);
         assert!((out[0] - (-1.0 - lse)).abs() < 2e-4 && (out[1] + lse).abs() < 2e-6, "{out:?}");
         assert_eq!(out[2], f64::NEG_INFINITY);
+        decode(&row, 2, &mut out);
+        assert_eq!(out[2], f64::from(least));
     }
 
     #[test]
@@ -298,7 +301,7 @@ mod tests {
         let mut row = Vec::new();
         encode(&[3.0; 4], &mut row);
         let mut out = [0.0; 4];
-        decode(&row, &mut out);
+        decode(&row, 0, &mut out);
         assert!(out.iter().all(|p| (p - 0.25f64.ln()).abs() < 1e-6), "{out:?}");
     }
 }

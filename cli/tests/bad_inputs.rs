@@ -85,6 +85,9 @@ fn arguments(action: Action, input: &Path, output: &Path) -> Vec<OsString> {
         Action::Imatrix => {
             &["quantize", "GOOD", "-o", "OUTPUT", "--type", "q8_0", "--imatrix", "INPUT", "--threads", "1"]
         }
+        Action::KlBase => &["perplexity", "GOOD", "--kl-base", "INPUT", "--threads", "1"],
+        Action::Requests => &["eval", "GOOD", "--requests", "INPUT", "--threads", "1"],
+        Action::Diff => &["diff", "INPUT", "INPUT", "--threads", "1"],
     };
     let word = |w: &&str| match *w {
         "INPUT" => input.into(),
@@ -168,7 +171,7 @@ fn clean(end: &End) -> Result<(), String> {
 fn computes(case: &Case) -> bool {
     let accepted = matches!(case.expect, Expect::Accept | Expect::Warn(_));
     match case.action {
-        Action::Inspect => false,
+        Action::Inspect | Action::Diff => false,
         Action::Tokenize | Action::Imatrix => accepted,
         // What is wrong with a weight is found while computing with it.
         Action::Logits | Action::Convert | Action::Verify => {
@@ -177,7 +180,7 @@ fn computes(case: &Case) -> bool {
                 || matches!(case.expect, Expect::RejectWith(ErrorKind::NotFinite, _))
         }
         // A saved state and a template are read when the model is ready to run.
-        Action::Run | Action::Chat | Action::LoadState => true,
+        Action::Run | Action::Chat | Action::LoadState | Action::KlBase | Action::Requests => true,
     }
 }
 
@@ -213,8 +216,8 @@ fn as_expected(case: &Case, end: &End, input_bytes: u64) -> Result<(), String> {
 fn other_actions(case: &Case) -> Vec<Action> {
     use Action::*;
     let all: &[Action] = match case.action {
-        LoadState | Imatrix => &[],
-        _ => &[Inspect, Tokenize, Logits, Run, Chat, Convert, Verify],
+        LoadState | Imatrix | KlBase | Requests => &[],
+        _ => &[Inspect, Tokenize, Logits, Run, Chat, Convert, Verify, Diff],
     };
     all.iter().copied().filter(|a| *a != case.action).collect()
 }

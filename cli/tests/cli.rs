@@ -5,8 +5,21 @@ use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-const COMMANDS: [&str; 10] =
-    ["demo", "convert", "quantize", "inspect", "run", "logits", "tokenize", "bench", "perplexity", "verify"];
+const COMMANDS: [&str; 13] = [
+    "demo",
+    "convert",
+    "quantize",
+    "inspect",
+    "run",
+    "logits",
+    "tokenize",
+    "bench",
+    "perplexity",
+    "imatrix",
+    "eval",
+    "diff",
+    "verify",
+];
 
 fn tiny() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/tiny-falcon-mamba")
@@ -147,6 +160,13 @@ fn misuse_of_arguments_is_a_usage_error() {
         args!["perplexity", t, "-f", "x", "--ctx", "1"],
         args!["perplexity", t, "-f", "x", "--chunks", "0"],
         args!["perplexity", t, "-f", "x", "--kl-base", "a", "--save-kl-base", "b"],
+        args!["perplexity", t],
+        args!["perplexity", t, "-f", "x", "--kl-base-f32"],
+        args!["imatrix", t, "-f", "x"],
+        args!["imatrix", t, "-f", "x", "-o", "y", "-c", "0"],
+        args!["eval", t],
+        args!["eval", t, "--requests", "x", "--max-length", "0"],
+        args!["diff", "x"],
         args!["bench", t, "-r", "0"],
         args!["bench", t, "--threads", "0"],
         args!["bench", t, "--threads", "1,"],
@@ -315,6 +335,7 @@ fn an_existing_output_stays_unless_forced() {
         args!["logits", tiny(), "--tokens", "1", "-o", out],
         args!["run", tiny(), "-p", "a", "-n", "1", "--save-state", out],
         args!["perplexity", tiny(), "-f", text, "--ctx", "16", "--chunks", "1", "--save-kl-base", out],
+        args!["imatrix", tiny(), "-f", text, "--ctx", "16", "--chunks", "1", "-o", out],
     ];
     for mut args in commands {
         std::fs::write(&out, "precious").unwrap();
@@ -440,15 +461,149 @@ fn perplexity_and_divergence_come_as_numbers() {
     };
     let of_base = ppl(tiny(), args!["--save-kl-base", base]);
     assert_eq!(of_base["n_scored"], 4 * 63);
-    let p = of_base["perplexity"].as_f64().unwrap();
+    let number = |json: &Json, key: &str| json[key].as_f64().unwrap_or_else(|| panic!("{key}: {json}"));
+    let p = number(&of_base, "perplexity");
     assert!((20.0..120.0).contains(&p), "{p}");
-    let of_q4 = ppl(folder.convert("q4_0"), args!["--kl-base", base]);
-    let kl = of_q4["mean_kl"].as_f64().unwrap();
+    let q4 = folder.convert("q4_0");
+    let of_q4 = ppl(q4.clone(), args!["--kl-base", base]);
+    let kl = number(&of_q4, "mean_kl");
     assert!((0.002..0.05).contains(&kl), "{kl}");
+    let ratio = number(&of_q4, "perplexity") / p;
+    assert!((number(&of_q4, "perplexity_ratio") - ratio).abs() < 1e-5 * ratio);
+    for key in ["mean_kl", "median_kl", "p99_kl", "same_top1", "rms_change", "perplexity_ratio"] {
+        let (value, error) = (number(&of_q4, key), number(&of_q4, &format!("{key}_stderr")));
+        assert!(value > 0.0 && error > 0.0 && error < value, "{key}: {value} ± {error}");
+    }
+    assert!(number(&of_q4, "median_kl") < kl && kl < number(&of_q4, "p99_kl"));
+    assert!(number(&of_q4, "p99_kl") <= number(&of_q4, "max_kl"));
+
+    // A base in 32 bits says the same within the rounding of one in 16, and neither text nor window need to be given.
+    let exact = folder.path("exact.kl");
+    ppl(tiny(), args!["--save-kl-base", exact, "--kl-base-f32"]);
+    let size = |path: &Path| std::fs::metadata(path).unwrap().len();
+    assert_eq!(
+        (size(&base), size(&exact)),
+        (20 + 512 * 4 + 252 * 2 * (4096 + 4), 24 + 512 * 4 + 252 * 4 * 4096)
+    );
+    let from = |base: &Path, extra: Vec<std::ffi::OsString>| -> Json {
+        let args = [args!["perplexity", q4, "--json", "--kl-base", base], extra].concat();
+        serde_json::from_str(&ok(kestrel(args))).unwrap()
+    };
+    assert_eq!(from(&base, args![]), of_q4);
+    let of_exact = from(&exact, args![]);
+    assert!((number(&of_exact, "mean_kl") - kl).abs() < 2e-3 * kl, "{kl} and {of_exact}");
+    assert_eq!(from(&base, args!["--chunks", "1"])["n_scored"], 63);
+    let json: Json =
+        serde_json::from_str(&ok(kestrel(args!["perplexity", tiny(), "--json", "--kl-base", exact])))
+            .unwrap();
+    assert!(number(&json, "mean_kl").abs() < 1e-9, "a model from itself: {json}");
+
     let json = error(args!["perplexity", tiny(), "-f", text, "--ctx", "64", "--kl-base", base]);
     assert_eq!(json["kind"], "Inconsistent", "another window: {json}");
+    let other = folder.path("other");
+    std::fs::write(&other, &corpus[..6_000]).unwrap();
+    let json = error(args!["perplexity", tiny(), "-f", other, "--kl-base", base]);
+    assert_eq!(json["kind"], "Inconsistent", "another text: {json}");
     let json = error(args!["perplexity", tiny(), "-f", text, "--kl-base", text]);
     assert_eq!(json["kind"], "BadMagic", "{json}");
+}
+
+/// What an interrupted run leaves has the form of a result, so that a shorter run's result stands for it here.
+#[test]
+fn an_importance_matrix_goes_on_where_it_was_interrupted() {
+    let folder = Folder::new("imatrix");
+    let text = tiny().join("../texts/a-tale-of-two-cities-200000.txt");
+    let (whole, out, part) = (folder.path("whole"), folder.path("out"), folder.path("out.part"));
+    let run = |out: &Path, extra: Vec<std::ffi::OsString>| {
+        [args!["imatrix", tiny(), "-f", text, "-c", "64", "-o", out], extra].concat()
+    };
+    ok(kestrel(run(&whole, args!["--chunks", "5"])));
+    ok(kestrel(run(&part, args!["--chunks", "2"])));
+    let json = error(run(&out, args!["--chunks", "5"]));
+    assert_eq!(
+        (json["kind"].as_str(), json["file"].as_str()),
+        (Some("OutputExists"), part.to_str()),
+        "{json}"
+    );
+    for other in [args!["--chunks", "1", "--resume"], args!["--chunks", "5", "--resume", "-c", "32"]] {
+        let command: Vec<std::ffi::OsString> = run(&out, other);
+        // The later -c would be a usage error; the first is left out.
+        let command = if command.iter().filter(|a| *a == "-c").count() == 2 {
+            [&command[..4], &command[6..]].concat()
+        } else {
+            command
+        };
+        assert_eq!(error(command)["kind"], "Inconsistent");
+    }
+    ok(kestrel(run(&out, args!["--chunks", "5", "--resume"])));
+    assert_eq!(std::fs::read(&out).unwrap(), std::fs::read(&whole).unwrap());
+    assert_eq!(folder.names(), ["out", "whole"]);
+    // Where nothing was interrupted, --resume begins.
+    ok(kestrel(run(&out, args!["--chunks", "5", "--resume", "--force"])));
+    assert_eq!(std::fs::read(&out).unwrap(), std::fs::read(&whole).unwrap());
+
+    let gguf = folder.path("x.gguf");
+    ok(kestrel(args!["convert", tiny(), "-o", gguf, "--type", "q3_k_m", "--imatrix", out]));
+    let file: Json = serde_json::from_str(&ok(kestrel(args!["inspect", gguf, "--json"]))).unwrap();
+    assert_eq!(file["metadata"]["quantize.imatrix.file"].as_str(), out.to_str());
+    assert_eq!(file["metadata"]["quantize.imatrix.dataset"].as_str(), text.to_str());
+    assert_eq!(file["metadata"]["quantize.imatrix.entries_count"], 25);
+    assert_eq!(file["metadata"]["quantize.imatrix.chunks_count"], 5);
+}
+
+#[test]
+fn continuations_and_whole_texts_are_scored() {
+    let folder = Folder::new("eval");
+    let requests = folder.path("requests");
+    let lines = [
+        r#"{"context": "It was the", "continuation": " best of times"}"#,
+        r#"{"context": "It was the ", "continuation": "best of times"}"#,
+        r#"{"rolling": "It was the best of times"}"#,
+        r#"{"rolling": ""}"#,
+    ];
+    std::fs::write(&requests, lines.join("\n")).unwrap();
+    let out = ok(kestrel(args!["eval", tiny(), "--requests", requests]));
+    let found: Vec<Json> = out.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+    assert_eq!(found.len(), 4);
+    assert_eq!(found[0], found[1], "white space belongs to the continuation");
+    assert_eq!(found[3], serde_json::json!({"loglikelihood": 0.0, "is_greedy": true, "n_tokens": 0}));
+    let (pair, all) =
+        (found[0]["loglikelihood"].as_f64().unwrap(), found[2]["loglikelihood"].as_f64().unwrap());
+    assert!(all < pair && pair < 0.0, "{out}");
+    assert_eq!(found[0]["is_greedy"], false);
+    let json = error(args!["eval", tiny(), "--requests", requests, "--max-length", "1"]);
+    assert_eq!(json["kind"], "Limit", "{json}");
+}
+
+#[test]
+fn two_files_side_by_side() {
+    let folder = Folder::new("diff");
+    let (q8, q4) = (folder.convert("q8_0"), folder.convert("q4_k_m"));
+    let same: Json = serde_json::from_str(&ok(kestrel(args!["diff", q8, q8, "--json"]))).unwrap();
+    let all = |json: &Json, of: &str| json[of].as_array().unwrap().clone();
+    assert!(all(&same, "metadata").iter().all(|key| key["same"] == true));
+    assert!(all(&same, "tensors").iter().all(|t| t["rmse"] == 0.0));
+    assert!(ok(kestrel(args!["diff", q8, q8])).contains("0 of 63 tensors differ"));
+
+    let json: Json = serde_json::from_str(&ok(kestrel(args!["diff", q8, q4, "--json"]))).unwrap();
+    let differ: Vec<_> = all(&json, "metadata").into_iter().filter(|k| k["same"] == false).collect();
+    assert_eq!(differ.len(), 2, "file type and recipe: {differ:?}");
+    let tensors = all(&json, "tensors");
+    let find = |name: &str| tensors.iter().find(|t| t["name"] == name).unwrap();
+    let ssm_in = find("blk.1.ssm_in.weight");
+    assert_eq!((&ssm_in["a"]["type"], &ssm_in["b"]["type"]), (&"Q8_0".into(), &"Q4_K".into()));
+    let relative = ssm_in["relative_rmse"].as_f64().unwrap();
+    assert!((0.05..0.12).contains(&relative), "{relative}");
+    assert_eq!(find("output_norm.weight")["max_abs"], 0.0);
+    let shown = ok(kestrel(args!["diff", q8, q4, "--threads", "3"]));
+    assert!(shown.contains("26 of 63 tensors differ") && shown.contains("kestrel.recipe"), "{shown}");
+
+    // A file that has nothing in common with it.
+    let other = tiny().join("../imatrix/tiny.gguf");
+    let json: Json = serde_json::from_str(&ok(kestrel(args!["diff", q8, other, "--json"]))).unwrap();
+    let tensors = all(&json, "tensors");
+    assert_eq!(tensors.len(), 63 + 48);
+    assert!(tensors[0]["b"].is_null() && tensors[63]["a"].is_null() && tensors[0]["rmse"].is_null());
 }
 
 const BENCH_FIGURES: [&str; 9] = [

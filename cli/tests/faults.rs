@@ -25,7 +25,7 @@ struct Writer {
     args: &'static [&'static str],
 }
 
-const WRITERS: [Writer; 5] = [
+const WRITERS: [Writer; 6] = [
     Writer { name: "convert", args: &["convert", "hf", "-o", "out", "--type", "q8_0", "--threads", "1"] },
     Writer {
         name: "quantize",
@@ -49,6 +49,10 @@ const WRITERS: [Writer; 5] = [
         ],
     },
     Writer { name: "logits", args: &["logits", "m.gguf", "--tokens", "1,2", "-o", "out", "--threads", "1"] },
+    Writer {
+        name: "imatrix",
+        args: &["imatrix", "m.gguf", "-f", "text", "-c", "8", "-o", "out", "--threads", "1"],
+    },
     Writer {
         name: "kl base",
         args: &[

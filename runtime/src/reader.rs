@@ -11,6 +11,9 @@ use std::ops::Range;
 /// Sequences in one forward pass at most: each needs a state, 38 MiB for the 7B.
 const TOGETHER_MAX: usize = 8;
 
+/// Is given (sequence, place, logits).
+type Each<'a> = &'a mut dyn FnMut(usize, usize, &[f32]) -> Result<()>;
+
 /// One text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sequence {
@@ -101,11 +104,7 @@ impl<'m> Reader<'m> {
     }
 
     /// Sequences that fit one forward pass.
-    fn side_by_side(
-        &mut self,
-        sequences: &[Sequence],
-        each: &mut dyn FnMut(usize, usize, &[f32]) -> Result<()>,
-    ) -> Result<()> {
+    fn side_by_side(&mut self, sequences: &[Sequence], each: Each<'_>) -> Result<()> {
         self.empty_states(sequences.len());
         let tokens: Vec<u32> = sequences.iter().flat_map(|s| &s.tokens).copied().collect();
         // (sequence, place in it, place in `tokens`)

@@ -10,6 +10,7 @@ mod fuzz_corpora;
 mod gguf_files;
 mod guard_pages;
 mod kernels;
+mod measuring;
 mod peers_formats;
 mod quality;
 mod reference;

@@ -176,7 +176,7 @@ impl Evaluation {
             Base::None => {}
             Base::Save(writer) => writer.push(logits)?,
             Base::Compare(base, divergence) => {
-                base.log_probs(self.n_scored, &mut self.base_log_probs)?;
+                base.log_probs(self.n_scored, next, &mut self.base_log_probs)?;
                 divergence.add(&self.base_log_probs, &self.log_probs, next);
             }
         }
@@ -220,7 +220,7 @@ impl Evaluation {
             let percent = |e: Estimate| format!("{:.3} ± {:.3} %", 100.0 * e.value, 100.0 * e.standard_error);
             let nats = |e: Estimate| format!("{:.6} ± {:.6}", e.value, e.standard_error);
             text.push_str(&format!(
-                "over the base's: {}\nKL divergence: mean {}, median {}, 99 % {}, max {:.6}\n\
+                "perplexity over the base's: {}\nKL divergence: mean {}, median {}, 99 % {}, max {:.6}\n\
                  same most likely token: {}\nRMS change of the next token's probability: {}\n",
                 nats(d.perplexity_ratio),
                 nats(d.mean_kl),

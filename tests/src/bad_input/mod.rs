@@ -73,6 +73,12 @@ pub enum Action {
     LoadState,
     /// `quantize GOOD --imatrix FILE` with the same model.
     Imatrix,
+    /// `perplexity GOOD --kl-base FILE`.
+    KlBase,
+    /// `eval GOOD --requests FILE`.
+    Requests,
+    /// `diff FILE FILE`.
+    Diff,
 }
 
 /// What has to come out.

@@ -1,4 +1,4 @@
-//! Saved states and importance matrices.
+//! Saved states, importance matrices, predictions of a base model, and requests to score.
 
 use super::weights::WIDE;
 use super::*;
@@ -20,6 +20,9 @@ fn state(dir: &TempDir, change: impl Fn(&mut Vec<u8>)) -> PathBuf {
 pub(super) fn cases() -> Vec<Case> {
     let mut cases = states();
     cases.extend(matrices());
+    cases.extend(bases());
+    cases.extend(requests());
+    cases.extend(differences());
     cases
 }
 
@@ -86,5 +89,104 @@ fn matrices() -> Vec<Case> {
         m("X27 imatrix_dat_values_max", entry(1, 19, i32::MAX), RejectAt(OutOfRange, 31)),
         m("X28 imatrix_dat_cut", entry(1, 19, 33), RejectAt(Truncated, 35)),
         m("X29 imatrix_dat_of_nothing", entry(0, 19, 32), RejectAt(BadMagic, 0)),
+    ]
+}
+
+/// A base of one window of 8 tokens in llama.cpp's layout or ours, for a model with 16 tokens. All are equally likely.
+fn base(llama_cpp: bool) -> Vec<u8> {
+    let (magic, head): (&[u8; 8], &[u32]) =
+        if llama_cpp { (b"_logits_", &[8, 16, 1]) } else { (b"KESTRLKL", &[1, 16, 8, 1]) };
+    let tokens = [3u32, 4, 5, 3, 4, 5, 3, 4];
+    let row: Vec<u8> = match llama_cpp {
+        true => [0f32, -(16f32.ln())].into_iter().flat_map(f32::to_le_bytes).chain([0; 32]).collect(),
+        false => vec![0; 64],
+    };
+    let numbers = head.iter().chain(&tokens).flat_map(|n| n.to_le_bytes());
+    magic.iter().copied().chain(numbers).chain(row.repeat(3)).collect()
+}
+
+fn bases() -> Vec<Case> {
+    use Kind::*;
+    let b = |name: &str, expect, llama_cpp, change: fn(&mut Vec<u8>)| {
+        folder_case("kl base", name, expect, move |dir| {
+            dir.file("good.gguf", &with_vocabulary().bytes());
+            let mut bytes = base(llama_cpp);
+            change(&mut bytes);
+            dir.file("case.kl", &bytes)
+        })
+        .by(Action::KlBase)
+    };
+    // Where the rows begin: after magic, head and 8 tokens.
+    const ROWS: (u64, u64) = (8 + 12 + 32, 8 + 16 + 32);
+    vec![
+        b("valid_base_llama_cpp", Accept, true, |_| {}),
+        b("valid_base_f32", Accept, false, |_| {}),
+        b("X40 base_empty", RejectAt(BadMagic, 0), true, Vec::clear),
+        b("X41 base_magic", RejectAt(BadMagic, 0), true, |b| b[0] = b'-'),
+        b("X42 base_in_head", Reject(Truncated), true, |b| b.truncate(19)),
+        b("X43 base_in_head_f32", Reject(Truncated), false, |b| b.truncate(11)),
+        b("X44 base_version", RejectAt(UnsupportedVersion, 8), false, |b| b[8] = 2),
+        b("X45 base_other_vocabulary", RejectAt(Inconsistent, 12), true, |b| b[12] = 17),
+        b("X46 base_window_0", RejectAt(OutOfRange, 8), true, |b| b[8] = 0),
+        b("X47 base_window_max", RejectAt(OutOfRange, 8), true, |b| b[8..12].fill(0xff)),
+        b("X48 base_windows_max", Reject(Truncated), true, |b| b[16..20].fill(0xff)),
+        b("X49 base_windows_max_f32", Reject(Truncated), false, |b| b[20..24].fill(0xff)),
+        b("X50 base_of_no_window", Reject(Inconsistent), true, |b| {
+            b[16] = 0;
+            b.truncate(20);
+        }),
+        b("X51 base_last_byte_missing", Reject(Truncated), true, |b| b.truncate(b.len() - 1)),
+        b("X52 base_one_byte_more", Reject(Truncated), true, |b| b.push(0)),
+        b("X53 base_token_outside", RejectAt(OutOfRange, 24), true, |b| b[24] = 16),
+        b("X54 base_nan", RejectAt(NotFinite, ROWS.0), true, |b| b[ROWS.0 as usize..][..4].fill(0xff)),
+        b("X55 base_nan_f32", RejectAt(NotFinite, ROWS.1), false, |b| b[ROWS.1 as usize..][..4].fill(0xff)),
+        // The sign of the least log-probability.
+        b("X56 base_positive", RejectAt(NotFinite, ROWS.0), true, |b| b[ROWS.0 as usize + 7] ^= 0x80),
+    ]
+}
+
+fn requests() -> Vec<Case> {
+    use Kind::*;
+    let r = |name: &str, expect, text: &'static [u8]| {
+        folder_case("requests", name, expect, move |dir| {
+            dir.file("good.gguf", &with_vocabulary().bytes());
+            dir.file("case.jsonl", text)
+        })
+        .by(Action::Requests)
+    };
+    vec![
+        r("valid_requests", Accept, b"{\"context\":\"ab\",\"continuation\":\"ab\"}\n{\"rolling\":\"aab\"}\n"),
+        r("valid_requests_none", Accept, b""),
+        r("X60 requests_not_json", RejectWith(BadJson, "line 2"), b"{\"rolling\":\"a\"}\nrolling"),
+        r("X61 requests_blank_line", RejectWith(BadJson, "line 1"), b"\n{\"rolling\":\"a\"}\n"),
+        r("X62 requests_array", Reject(WrongType), b"[\"a\",\"b\"]"),
+        r("X63 requests_number", Reject(WrongType), b"{\"rolling\":1}"),
+        r("X64 requests_half", Reject(WrongType), b"{\"context\":\"a\"}"),
+        r(
+            "X65 requests_both",
+            Reject(WrongType),
+            b"{\"context\":\"a\",\"continuation\":\"b\",\"rolling\":\"\"}",
+        ),
+        r(
+            "X66 requests_of_nothing",
+            RejectWith(Missing, "line 1"),
+            b"{\"context\":\"a\",\"continuation\":\"\"}",
+        ),
+        r("X67 requests_not_utf8", RejectAt(WrongType, 12), b"{\"rolling\":\"\xff\"}"),
+        r("X68 requests_nested", Reject(BadJson), &[b'['; 4096]),
+    ]
+}
+
+fn differences() -> Vec<Case> {
+    let d = |name: &str, expect, bytes: fn() -> Vec<u8>| {
+        folder_case("diff", name, expect, move |dir| dir.file("case.gguf", &bytes())).by(Action::Diff)
+    };
+    vec![
+        d("valid_diff", Accept, || with_vocabulary().bytes()),
+        // Any GGUF file will do.
+        d("valid_diff_of_a_matrix", Accept, || matrix().bytes()),
+        d("X70 diff_cut", Reject(Kind::DataOutOfBounds), || cut(with_vocabulary(), 1)),
+        folder_case("diff", "X71 diff_of_folders", Reject(Kind::NotRegularFile), |dir| dir.path().to_owned())
+            .by(Action::Diff),
     ]
 }
