@@ -98,8 +98,8 @@ fn a_calibrated_file_has_its_size_and_diverges_by_six_tenths() {
     let ours: Json = serde_json::from_str(&ours).unwrap();
     let metadata = |key: &str| ours["metadata"][key].clone();
     let predicted = metadata("kestrel.predicted_kl").as_f64().unwrap();
-    // On another text, with activations in int8, and with matrices that are quantized together.
-    assert!((0.25 * target..target).contains(&predicted), "{predicted} for {target}");
+    // Of another text, without `--search best`, with f32 activations and each matrix alone.
+    assert!((0.4 * target..2.5 * target).contains(&predicted), "{predicted} for {target}");
     assert!(metadata("kestrel.recipe").as_str().unwrap().ends_with("--target-size 4139360"));
 
     // The same file for another number of threads, from the checkpoint too as far as the tensors go.
