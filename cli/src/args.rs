@@ -2,6 +2,7 @@
 
 use crate::commands::Command;
 use clap::{Args, Parser, ValueEnum};
+use kestrel_convert::Target;
 use kestrel_formats::{GgmlType, WeightType};
 use kestrel_quant::recipe::FileType;
 use std::path::PathBuf;
@@ -82,10 +83,11 @@ pub struct ConversionArgs {
     pub output: Option<PathBuf>,
 
     /// Type of most tensors, as llama-quantize spells it: f32 f16 bf16 q8_0 q4_0 q4_1 q5_0 q5_1 q2_k q3_k_s
-    /// q3_k_m q3_k_l q4_k_s q4_k_m q5_k_s q5_k_m q6_k iq4_nl iq4_xs; or a checkpoint folder as bitsandbytes saves it:
+    /// q3_k_m q3_k_l q4_k_s q4_k_m q5_k_s q5_k_m q6_k iq4_nl iq4_xs; or our mixes ssm_s ssm_m ssm_l; or a checkpoint folder as bitsandbytes saves it:
     /// bnb-nf4 bnb-fp4 bnb-int8 (convert only)
     #[arg(long = "type", value_name = "TYPE", value_parser = parse_output_type)]
-    pub output_type: OutputType,
+    #[arg(required_unless_present_any = ["target_size", "target_bpw", "target_kl"])]
+    pub output_type: Option<OutputType>,
 
     /// Another type for the tensors whose GGUF name the regular expression finds; the first match wins (repeatable)
     #[arg(long, value_name = "REGEX=TYPE", value_parser = parse_override)]
@@ -94,6 +96,28 @@ pub struct ConversionArgs {
     /// Importance matrix of kestrel imatrix or llama-imatrix, GGUF or .dat
     #[arg(long, value_name = "FILE")]
     pub imatrix: Option<PathBuf>,
+
+    /// Quantize with error feedback, by what `kestrel calibrate` measured
+    #[arg(long, value_name = "FILE", conflicts_with = "imatrix")]
+    pub calibration: Option<PathBuf>,
+
+    /// With --calibration: after error feedback, change single codes and scales as long as that brings the outputs of
+    /// the matrix closer
+    #[arg(long, value_enum, default_value_t, value_name = "HOW")]
+    pub search: Search,
+
+    /// With --calibration: choose types so that the file has at most this size (4139360, 4.0GB, 3.9GiB, 800MB) and
+    /// diverges as little as possible
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, group = "target")]
+    pub target_size: Option<u64>,
+
+    /// The same for a number of bits per weight, everything in the file counted
+    #[arg(long, value_name = "BITS", value_parser = parse_positive, group = "target")]
+    pub target_bpw: Option<f64>,
+
+    /// With --calibration: choose types so that the file is as small as it can be at this predicted KL divergence
+    #[arg(long, value_name = "NATS", value_parser = parse_positive, group = "target")]
+    pub target_kl: Option<f64>,
 
     #[command(flatten)]
     pub threads: Threads,
@@ -107,6 +131,19 @@ pub struct ConversionArgs {
     pub force: bool,
 }
 
+impl ConversionArgs {
+    /// What is made; where types are chosen, what is not chosen for is as in q4_k_m.
+    pub fn output_type(&self) -> OutputType {
+        self.output_type.unwrap_or(OutputType::Gguf(FileType::Q4KM))
+    }
+
+    /// What the file must keep to.
+    pub fn target(&self) -> Option<Target> {
+        let size = self.target_size.map(Target::Bytes);
+        size.or(self.target_bpw.map(Target::BitsPerWeight)).or(self.target_kl.map(Target::Kl))
+    }
+}
+
 /// Text from the command line or a file.
 #[derive(Args)]
 #[group(required = true, multiple = false)]
@@ -118,6 +155,16 @@ pub struct TextArgs {
     /// A file that holds the text; - is stdin
     #[arg(short, long, value_name = "FILE")]
     pub file: Option<PathBuf>,
+}
+
+/// How long codes and scales are searched.
+#[derive(Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+pub enum Search {
+    /// The type's own search, and error feedback if there is a calibration
+    #[default]
+    Fast,
+    /// Then single codes and scales in turns
+    Best,
 }
 
 /// What a conversion makes.
@@ -141,6 +188,34 @@ fn parse_output_type(name: &str) -> Result<OutputType, String> {
             FileType::all().map(FileType::name).chain(BNB_TYPES.map(|(name, _)| name)).collect();
         format!("the types are {}", names.join(" "))
     })
+}
+
+/// Bytes, or a number with a unit; `GB` is 10^9 and `GiB` 2^30.
+fn parse_size(text: &str) -> Result<u64, String> {
+    const UNITS: [(&str, f64); 8] = [
+        ("kib", 1024.0),
+        ("mib", 1_048_576.0),
+        ("gib", 1_073_741_824.0),
+        ("kb", 1e3),
+        ("mb", 1e6),
+        ("gb", 1e9),
+        ("b", 1.0),
+        ("", 1.0),
+    ];
+    let lower = text.trim().to_ascii_lowercase();
+    let unit = UNITS.iter().find_map(|(name, factor)| Some((lower.strip_suffix(name)?, factor)));
+    let number = unit.and_then(|(number, factor)| Some(number.trim().parse::<f64>().ok()? * factor));
+    match number {
+        Some(n) if (1.0..=1e18).contains(&n) => Ok(n as u64),
+        _ => Err("expected bytes, or a number with kB, MB, GB, KiB, MiB or GiB".into()),
+    }
+}
+
+fn parse_positive(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(x) if x.is_finite() && x > 0.0 => Ok(x),
+        _ => Err("expected a number above 0".into()),
+    }
 }
 
 /// `REGEX=TYPE`; the regular expression may contain `=` itself.

@@ -9,6 +9,7 @@
 
 mod bnb;
 mod diff;
+mod feedback;
 mod input;
 mod metadata;
 mod plan;
@@ -22,7 +23,7 @@ pub use bnb::{BnbOptions, BnbPlan, BnbTensor, plan_bnb, run_bnb};
 pub use diff::{TensorDiff, diff};
 pub use input::{SSM_X_SCALE, Source};
 pub use metadata::SOURCE_SHA256;
-pub use plan::{Options, Plan, PlannedTensor, plan};
+pub use plan::{Options, Plan, PlannedTensor, Target, plan};
 pub use progress::{Phase, Progress};
 pub use run::{Report, run};
 pub use verify::{TensorReport, VerifyReport, verify};

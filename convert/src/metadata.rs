@@ -1,7 +1,7 @@
 //! The key-value pairs of the output.
 
 use crate::input::{Input, SSM_X_SCALE, Source};
-use crate::plan::{Options, PlannedTensor};
+use crate::plan::{Options, PlannedTensor, Target};
 use kestrel_formats::arch::Arch;
 use kestrel_formats::checkpoint::Checkpoint;
 use kestrel_formats::gguf::{self, Gguf, KEY_ARCHITECTURE, Value};
@@ -9,6 +9,7 @@ use kestrel_formats::imatrix::Imatrix;
 use kestrel_formats::limits::CONFIG_BYTES_MAX;
 use kestrel_formats::map::open_regular;
 use kestrel_formats::{ErrorKind, Result};
+use kestrel_quant::recipe::FileType;
 use std::io::Read;
 use std::path::Path;
 
@@ -16,13 +17,17 @@ use std::path::Path;
 pub const SOURCE_SHA256: &str = "kestrel.source.sha256";
 /// What [`SOURCE_SHA256`] was in a GGUF that was itself the source: the files of the checkpoint.
 const ORIGIN_SHA256: &str = "kestrel.origin.sha256";
+/// The calibration by which tensors were quantized with error feedback.
+pub(crate) const CALIBRATION_FILE: &str = "kestrel.calibration.file";
+/// Mean KL divergence from the source, as the calibration predicts it.
+const PREDICTED_KL: &str = "kestrel.predicted_kl";
 const FILE_TYPE: &str = "general.file_type";
 const QUANTIZATION_VERSION: &str = "general.quantization_version";
 /// Version of ggml's block formats; all of today's files have it.
 const QUANTIZATION_VERSION_NOW: u32 = 2;
 
 /// What a new file says itself, whatever a source GGUF says; a trailing dot stands for all keys below.
-const REPLACED: [&str; 8] = [
+const REPLACED: [&str; 10] = [
     FILE_TYPE,
     QUANTIZATION_VERSION,
     "general.alignment",
@@ -30,6 +35,8 @@ const REPLACED: [&str; 8] = [
     "quantize.imatrix.",
     "kestrel.version",
     "kestrel.recipe",
+    "kestrel.calibration.",
+    PREDICTED_KL,
     SOURCE_SHA256,
 ];
 
@@ -39,18 +46,26 @@ pub(crate) fn pairs(
     input: &Input,
     options: &Options,
     tensors: &[PlannedTensor],
+    (file_type, predicted_kl): (FileType, Option<f64>),
 ) -> Result<Vec<(String, Value)>> {
     let mut pairs = match source {
         Source::Checkpoint(c) => of_checkpoint(c, input)?,
         Source::Gguf(g) => of_gguf(g),
     };
     let mut add = |key: &str, value: Value| pairs.push((key.to_owned(), value));
-    add(FILE_TYPE, options.recipe.file_type().id().into());
+    add(FILE_TYPE, file_type.id().into());
     if tensors.iter().any(|t| t.dtype.is_quantized()) {
         add(QUANTIZATION_VERSION, QUANTIZATION_VERSION_NOW.into());
     }
     if let Some(imatrix) = options.imatrix.as_ref().filter(|_| tensors.iter().any(|t| t.weighted)) {
         imatrix_provenance(imatrix).into_iter().for_each(|(key, value)| add(key, value));
+    }
+    if let Some(calibration) = options.calibration.as_ref().filter(|_| tensors.iter().any(|t| t.fed)) {
+        add(CALIBRATION_FILE, calibration.path().display().to_string().into());
+        add("kestrel.calibration.dataset", calibration.dataset().unwrap_or_default().into());
+    }
+    if let Some(kl) = predicted_kl {
+        add(PREDICTED_KL, (kl as f32).into());
     }
     add("kestrel.version", env!("CARGO_PKG_VERSION").into());
     add("kestrel.recipe", recipe_text(options).into());
@@ -70,6 +85,12 @@ fn recipe_text(options: &Options) -> String {
     let mut text = options.recipe.file_type().name().to_owned();
     for (pattern, ty) in options.recipe.overrides() {
         text.push_str(&format!(" --tensor-type {pattern}={}", ty.name().to_lowercase()));
+    }
+    match options.target {
+        None => {}
+        Some(Target::Bytes(n)) => text.push_str(&format!(" --target-size {n}")),
+        Some(Target::BitsPerWeight(bpw)) => text.push_str(&format!(" --target-bpw {bpw}")),
+        Some(Target::Kl(kl)) => text.push_str(&format!(" --target-kl {kl}")),
     }
     text
 }

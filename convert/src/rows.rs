@@ -5,6 +5,7 @@ use crate::stream::Piece;
 use kestrel_formats::arch::{Role, Transform};
 use kestrel_formats::{Error, ErrorKind, GgmlType, Result};
 use kestrel_quant::codec::{codec, dequantize};
+use kestrel_quant::feedback::Feedback;
 use kestrel_quant::isa::Isa;
 use kestrel_quant::transform;
 
@@ -33,6 +34,15 @@ pub(crate) fn pieces(tensors: &[InputTensor]) -> Vec<Piece> {
     }
     out.sort_unstable_by_key(|p| (p.file, p.offset));
     out
+}
+
+/// How the numbers of a tensor are quantized.
+#[derive(Clone, Copy)]
+pub(crate) struct Quantizing<'a> {
+    pub dtype: GgmlType,
+    pub isa: Isa,
+    pub importance: Option<&'a [f32]>,
+    pub feedback: Option<&'a Feedback>,
 }
 
 /// A tensor's source as f32, transformed and checked, some whole rows at a time.
@@ -108,13 +118,11 @@ impl Rows<'_> {
             .what(format!("tensor \"{}\", row {row}, column {col}", self.tensor.source_name))
     }
 
-    /// Quantizes the piece into `out`. Numbers that `dtype` cannot hold are an error.
+    /// Quantizes the piece into `out`. Numbers that the type cannot hold are an error.
     pub(crate) fn quantize(
         &self,
         floats: &mut Vec<f32>,
-        importance: Option<&[f32]>,
-        dtype: GgmlType,
-        isa: Isa,
+        Quantizing { dtype, isa, importance, feedback }: Quantizing<'_>,
         out: &mut Vec<u8>,
     ) -> Result<()> {
         let row_out = row_bytes(dtype, self.tensor.cols()) as usize;
@@ -132,7 +140,10 @@ impl Rows<'_> {
                 dst.copy_from_slice(bytes);
                 return Ok(());
             }
-            codec.quantize_with(isa, floats, importance, dst);
+            match feedback {
+                Some(feedback) => feedback.quantize_with(isa, dtype, floats, dst),
+                None => codec.quantize_with(isa, floats, importance, dst),
+            }
             self.check_range(first, floats, dtype, dst)
         })
     }

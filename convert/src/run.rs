@@ -1,10 +1,11 @@
 //! The conversion itself: one pass over the source, and a second look at what was written.
 
+use crate::feedback::Feedbacks;
 use crate::input::{InputFile, row_bytes};
 use crate::metadata::{SOURCE_SHA256, source_sha256};
 use crate::plan::{Options, Plan, declarations, importance};
 use crate::progress::{Phase, Progress};
-use crate::rows::{Rows, pieces};
+use crate::rows::{Quantizing, Rows, pieces};
 use crate::stream::{Piece, Streaming, check_cancel, damage_hash, join, stream, thread_refused};
 use kestrel_formats::atomic_file::{AtomicFile, same_file};
 use kestrel_formats::gguf::{Gguf, layout};
@@ -78,8 +79,10 @@ pub fn run(
             .name("kestrel-checker".into())
             .spawn_scoped(scope, move || check_behind(plan, file, &receiver, CHECK_BYTES, stop))
             .map_err(thread_refused)?;
+        let converting =
+            Converting { plan, options, feedbacks: Feedbacks::new(plan, options), file, progress };
         let streamed = stream(job, Scratch::default, |scratch, piece, bytes| {
-            let written = convert_piece(plan, options, file, scratch, piece, bytes, progress)?;
+            let written = convert_piece(&converting, scratch, piece, bytes)?;
             // Only after an error does nobody listen; it is reported below.
             sender.send(written).map_err(|_| Error::new(ErrorKind::Interrupted))
         });
@@ -111,22 +114,33 @@ struct Scratch {
     out: Vec<u8>,
 }
 
+/// What all workers share.
+struct Converting<'a> {
+    plan: &'a Plan,
+    options: &'a Options,
+    feedbacks: Feedbacks<'a>,
+    file: &'a AtomicFile,
+    progress: &'a dyn Progress,
+}
+
 fn convert_piece(
-    plan: &Plan,
-    options: &Options,
-    file: &AtomicFile,
+    job: &Converting<'_>,
     scratch: &mut Scratch,
     piece: &Piece,
     bytes: &[u8],
-    progress: &dyn Progress,
 ) -> Result<Written> {
+    let Converting { plan, options, file, progress, .. } = *job;
     let (target, tensor) = (&plan.tensors[piece.tensor], &plan.input.tensors[piece.tensor]);
     if piece.first_row == 0 {
         progress.tensor(&target.name);
     }
     let importance = if target.weighted { importance(options, &target.name, tensor.cols())? } else { None };
     let rows = Rows { input: &plan.input, tensor, piece, bytes };
-    rows.quantize(&mut scratch.floats, importance, target.dtype, options.isa, &mut scratch.out)?;
+    let feedback = job.feedbacks.of(piece.tensor)?;
+    let quantizing =
+        Quantizing { dtype: target.dtype, isa: options.isa, importance, feedback: feedback.as_deref() };
+    rows.quantize(&mut scratch.floats, quantizing, &mut scratch.out)?;
+    job.feedbacks.done(piece);
     let offset = target.offset + piece.first_row * row_bytes(target.dtype, tensor.cols());
     file.write_at(offset, &scratch.out)?;
     progress.bytes(piece.n_bytes as u64, scratch.out.len() as u64);

@@ -9,6 +9,7 @@
 pub mod arch;
 pub mod atomic_file;
 pub mod atomic_folder;
+pub mod calibration;
 pub mod checkpoint;
 pub mod error;
 pub mod ggml_type;

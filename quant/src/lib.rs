@@ -5,8 +5,10 @@
 
 #![deny(unsafe_code)]
 
+pub mod allocate;
 pub mod codec;
 pub mod error_measure;
+pub mod feedback;
 #[allow(unsafe_code)] // calls into code compiled for an instruction set that was found
 pub mod isa;
 pub mod recipe;

@@ -1,7 +1,9 @@
 //! Recipes: which type each tensor of a file gets.
 //!
 //! The rules are those that llama-quantize applies to the `mamba` architecture: it knows no category for `ssm_*`, so
-//! the small, medium and large variants of a K type are the same file.
+//! the small, medium and large variants of a K type are the same file. `ssm_s`, `ssm_m` and `ssm_l` are our own: about as
+//! large as q3_k, q4_k and q5_k, with bits where measured divergence is, in the projection out of the mixer and in the
+//! embedding, and few in `ssm_x` and `ssm_dt`.
 
 use kestrel_formats::arch::{Role, Storage, TensorSpec};
 use kestrel_formats::{Error, ErrorKind, GgmlType, Result, WeightType};
@@ -30,6 +32,9 @@ pub enum FileType {
     Q6K,
     Iq4Nl,
     Iq4Xs,
+    SsmS,
+    SsmM,
+    SsmL,
 }
 
 struct Row {
@@ -46,7 +51,7 @@ const fn row(file_type: FileType, name: &'static str, id: u32, base: GgmlType) -
 
 /// In the order of the enum, so that `file_type as usize` indexes it.
 #[rustfmt::skip]
-const TABLE: [Row; 19] = [
+const TABLE: [Row; 22] = [
     row(FileType::F32,   "f32",     0, GgmlType::F32),
     row(FileType::F16,   "f16",     1, GgmlType::F16),
     row(FileType::Bf16,  "bf16",   32, GgmlType::Bf16),
@@ -66,7 +71,24 @@ const TABLE: [Row; 19] = [
     row(FileType::Q6K,   "q6_k",   18, GgmlType::Q6K),
     row(FileType::Iq4Nl, "iq4_nl", 25, GgmlType::Iq4Nl),
     row(FileType::Iq4Xs, "iq4_xs", 30, GgmlType::Iq4Xs),
+    // Called after the type of `ssm_in`, the largest matrices.
+    row(FileType::SsmS,  "ssm_s",  12, GgmlType::Q3K),
+    row(FileType::SsmM,  "ssm_m",  30, GgmlType::Iq4Xs),
+    row(FileType::SsmL,  "ssm_l",  17, GgmlType::Q5K),
 ];
+
+/// Where our own recipes differ from their base.
+const SSM_S: [(Role, GgmlType); 3] =
+    [(Role::SsmOut, GgmlType::Q4K), (Role::TokenEmbd, GgmlType::Q4K), (Role::Output, GgmlType::Q5K)];
+const SSM_M: [(Role, GgmlType); 5] = [
+    (Role::SsmOut, GgmlType::Q5K),
+    (Role::SsmX, GgmlType::Q3K),
+    (Role::SsmDt, GgmlType::Q3K),
+    (Role::TokenEmbd, GgmlType::Q5K),
+    (Role::Output, GgmlType::Q6K),
+];
+const SSM_L: [(Role, GgmlType); 3] =
+    [(Role::SsmOut, GgmlType::Q6K), (Role::SsmDt, GgmlType::Q4K), (Role::Output, GgmlType::Q6K)];
 
 /// Short names that llama-quantize also takes.
 const ALIASES: [(&str, FileType); 3] =
@@ -99,6 +121,16 @@ impl FileType {
     /// The value of `general.file_type`.
     pub fn id(self) -> u32 {
         TABLE[self as usize].id
+    }
+
+    /// The matrices that get another type than [`base`](Self::base), of a recipe of our own; empty for the others.
+    pub fn roles(self) -> &'static [(Role, GgmlType)] {
+        match self {
+            Self::SsmS => &SSM_S,
+            Self::SsmM => &SSM_M,
+            Self::SsmL => &SSM_L,
+            _ => &[],
+        }
     }
 
     /// The type of most tensors.
@@ -141,6 +173,11 @@ impl Recipe {
         self.file_type
     }
 
+    /// The type that the overrides give a tensor.
+    pub fn override_for(&self, gguf_name: &str) -> Option<GgmlType> {
+        self.overrides.iter().find(|(regex, _)| regex.is_match(gguf_name)).map(|(_, ty)| *ty)
+    }
+
     /// The overrides, as given.
     pub fn overrides(&self) -> impl Iterator<Item = (&str, GgmlType)> {
         self.overrides.iter().map(|(regex, ty)| (regex.as_str(), *ty))
@@ -158,8 +195,10 @@ impl Recipe {
         if !base.is_quantized() {
             return base;
         }
-        let chosen = self.overrides.iter().find(|(regex, _)| regex.is_match(gguf_name)).map(|(_, ty)| *ty);
         let is_output = spec.role == Role::Output || (tied && spec.role == Role::TokenEmbd);
+        let role = if is_output { Role::Output } else { spec.role };
+        let by_role = || self.file_type.roles().iter().find(|(r, _)| *r == role).map(|(_, ty)| *ty);
+        let chosen = self.override_for(gguf_name).or_else(by_role);
         let default = if !is_output {
             base
         } else if base == GgmlType::Q8_0 || !cols.is_multiple_of(base.block_len()) {
@@ -242,6 +281,17 @@ mod tests {
         assert_eq!(type_of(&recipe("q8_0"), Role::Output, 4096, false), GgmlType::Q8_0);
         assert_eq!(type_of(&recipe("q4_0"), Role::Output, 4096, false), GgmlType::Q6K);
         assert_eq!(type_of(&recipe("bf16"), Role::Output, 4096, false), GgmlType::Bf16);
+    }
+
+    #[test]
+    fn our_own_recipes_go_by_role() {
+        let r = recipe("ssm_m");
+        assert_eq!(type_of(&r, Role::SsmIn, 4096, false), GgmlType::Iq4Xs);
+        assert_eq!(type_of(&r, Role::SsmDt, 256, false), GgmlType::Q3K);
+        assert_eq!(type_of(&r, Role::SsmDt, 32, false), GgmlType::Q4_0);
+        assert_eq!(type_of(&r, Role::TokenEmbd, 4096, false), GgmlType::Q5K);
+        assert_eq!(type_of(&r, Role::TokenEmbd, 4096, true), GgmlType::Q6K);
+        assert_eq!(type_of(&r, Role::SsmConv1d, 4, false), GgmlType::F32);
     }
 
     #[test]

@@ -3,7 +3,10 @@
 
 use crate::kernels::Acts;
 use kestrel_formats::arch::{Role, spec};
+use kestrel_formats::calibration::group_len;
+use rayon::prelude::*;
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 /// Sees the inputs of every matrix; see [`crate::Session::observe`].
 pub trait Observer {
@@ -73,5 +76,78 @@ impl Observer for ColumnEnergy {
         sums.resize(cols, 0.0);
         sums.iter_mut().zip(&self.piece).for_each(|(sum, piece)| *sum += *piece as f32);
         *count += (rows.len() / cols) as f32;
+    }
+}
+
+/// Products of the inputs of matrices, x x^T summed over tokens, of columns in groups; see
+/// [`kestrel_formats::calibration`].
+pub struct ColumnProducts {
+    layers: Range<usize>,
+    /// Columns of a group at most.
+    most: usize,
+    tied: bool,
+    sums: BTreeMap<String, Products>,
+}
+
+struct Products {
+    group: usize,
+    /// (cols / group, group, group), of which only what is right of the diagonal is summed.
+    sums: Vec<f32>,
+    count: usize,
+}
+
+impl ColumnProducts {
+    /// Nothing yet, of these layers only; the output matrix goes with layer 0. `most` columns form a group at most,
+    /// `tied` names the output matrix after the embedding, which it then is.
+    pub fn new(layers: Range<usize>, most: usize, tied: bool) -> Self {
+        Self { layers, most, tied, sums: BTreeMap::new() }
+    }
+
+    /// Each matrix's GGUF name, the mean of its inputs' products (cols / group, group, group), and how many inputs there
+    /// were.
+    pub fn means(self) -> impl Iterator<Item = (String, Vec<f32>, usize)> {
+        self.sums.into_iter().map(|(name, Products { group, mut sums, count })| {
+            for square in sums.chunks_mut(group * group) {
+                for i in 0..group {
+                    for j in i..group {
+                        let mean = square[i * group + j] / count as f32;
+                        (square[i * group + j], square[j * group + i]) = (mean, mean);
+                    }
+                }
+            }
+            (name, sums, count)
+        })
+    }
+}
+
+/// Rows of products that are summed together, so that they stay in the first-level cache.
+const PRODUCT_ROWS: usize = 8;
+
+impl Observer for ColumnProducts {
+    /// Every sum is over the tokens in order, whatever the number of threads.
+    fn input(&mut self, role: Role, layer: usize, cols: usize, rows: &[f32]) {
+        if !self.layers.contains(&layer) {
+            return;
+        }
+        let role = if self.tied && role == Role::Output { Role::TokenEmbd } else { role };
+        let group = group_len(cols, self.most);
+        let entry = self.sums.entry(spec(role).gguf_name(layer)).or_insert_with(|| Products {
+            group,
+            sums: vec![0.0; cols * group],
+            count: 0,
+        });
+        entry.count += rows.len() / cols;
+        entry.sums.par_chunks_mut(PRODUCT_ROWS * group).enumerate().for_each(|(i, products)| {
+            let first = i * PRODUCT_ROWS; // column that the first row belongs to
+            let start = first / group * group;
+            for x in rows.chunks_exact(cols) {
+                let x = &x[start..start + group];
+                for (r, products) in products.chunks_exact_mut(group).enumerate() {
+                    let from = first + r - start;
+                    let factor = x[from];
+                    products[from..].iter_mut().zip(&x[from..]).for_each(|(sum, x)| *sum += factor * x);
+                }
+            }
+        });
     }
 }

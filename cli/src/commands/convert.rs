@@ -1,6 +1,6 @@
 //! `kestrel convert`: a Hugging Face folder becomes a GGUF file, or a folder of bitsandbytes, in one pass. What it shares with `quantize` is here.
 
-use crate::args::{ConversionArgs, OutputType};
+use crate::args::{ConversionArgs, OutputType, Search};
 use crate::failure::Outcome;
 use crate::model::BNB_BLOCKSIZE;
 use crate::output::{self, Table};
@@ -10,9 +10,11 @@ use clap::{Args, ValueEnum};
 use kestrel_convert::{BnbOptions, BnbPlan, Options, Plan, Source};
 use kestrel_formats::atomic_file::check_target;
 use kestrel_formats::atomic_folder::check_target_folder;
+use kestrel_formats::calibration::Calibration;
 use kestrel_formats::checkpoint::Checkpoint;
 use kestrel_formats::imatrix::Imatrix;
 use kestrel_formats::{Error, ErrorKind, GgmlType, Result, WeightType};
+use kestrel_quant::feedback::SWEEPS_BEST;
 use kestrel_quant::isa::Isa;
 use kestrel_quant::recipe::{Bnb, Recipe};
 use kestrel_runtime::kernels;
@@ -73,7 +75,7 @@ pub fn run(args: &ConvertArgs) -> Outcome {
             .found("a GGUF file")
             .hint("kestrel quantize makes another type of it")
             .into()),
-        source => match (&source, args.conversion.output_type) {
+        source => match (&source, args.conversion.output_type()) {
             (Source::Checkpoint(folder), OutputType::Bnb(ty)) => to_bnb(folder, ty, args),
             _ if args.bnb.is_used() => Err(Error::new(ErrorKind::Usage)
                 .what("--double-quant, --blocksize, --compute-dtype")
@@ -94,8 +96,11 @@ impl BnbArgs {
 fn to_bnb(source: &Checkpoint, dtype: WeightType, args: &ConvertArgs) -> Outcome {
     let (conversion, bnb) = (&args.conversion, &args.bnb);
     let usage = |what: &str, expected: &str| Error::new(ErrorKind::Usage).what(what).expected(expected);
-    if !conversion.tensor_type.is_empty() || conversion.imatrix.is_some() {
-        return Err(usage("--tensor-type, --imatrix", "a GGUF type: bitsandbytes has neither").into());
+    let of_gguf =
+        conversion.imatrix.is_some() || conversion.calibration.is_some() || conversion.target().is_some();
+    if !conversion.tensor_type.is_empty() || of_gguf {
+        let options = "--tensor-type, --imatrix, --calibration, --target-size, --target-bpw, --target-kl";
+        return Err(usage(options, "a GGUF type: bitsandbytes has none of them").into());
     }
     if dtype == WeightType::Int8 && bnb.is_used() {
         return Err(usage("--double-quant, --blocksize, --compute-dtype", "--type bnb-nf4 or bnb-fp4").into());
@@ -168,6 +173,9 @@ pub fn convert(source: &Source, args: &ConversionArgs) -> Outcome {
     output::warnings(source.path(), source.warnings());
     output::warnings(source.path(), &plan.warnings);
     let Some(output) = output else { return output::text(&describe(&plan)) };
+    if args.target().is_some() {
+        output::note(&describe(&plan));
+    }
     interrupt::writing(&output);
     let bar = Bar::new();
     let report = kestrel_convert::run(&plan, &options, &output, &bar, interrupt::flag())?;
@@ -186,7 +194,7 @@ pub fn convert(source: &Source, args: &ConversionArgs) -> Outcome {
 }
 
 fn options(args: &ConversionArgs) -> Result<Options> {
-    let OutputType::Gguf(file_type) = args.output_type else {
+    let OutputType::Gguf(file_type) = args.output_type() else {
         return Err(Error::new(ErrorKind::Usage)
             .what("--type")
             .expected("a GGUF type")
@@ -195,10 +203,25 @@ fn options(args: &ConversionArgs) -> Result<Options> {
     Ok(Options {
         recipe: Recipe::new(file_type, &args.tensor_type)?,
         imatrix: args.imatrix.as_deref().map(Imatrix::open).transpose()?,
+        calibration: args.calibration.as_deref().map(Calibration::open).transpose()?,
+        sweeps: sweeps(args)?,
+        target: args.target(),
         threads: args.threads.get(),
         force: args.force,
         isa: isa()?,
     })
+}
+
+/// How often codes and scales are gone over.
+fn sweeps(args: &ConversionArgs) -> Result<usize> {
+    match (args.search, &args.calibration) {
+        (Search::Fast, _) => Ok(0),
+        (Search::Best, Some(_)) => Ok(SWEEPS_BEST),
+        (Search::Best, None) => Err(Error::new(ErrorKind::Usage)
+            .what("--search best")
+            .expected("--calibration")
+            .hint("kestrel calibrate measures what is searched by")),
+    }
 }
 
 /// What `KESTREL_ISA` allows of the instruction sets that quantize.
@@ -212,7 +235,9 @@ fn isa() -> Result<Isa> {
 
 /// The plan as a table, with the totals that people ask for.
 fn describe(plan: &Plan) -> String {
-    let mut table = Table::new(&["tensor", "source", "shape", "from", "to", ">bytes"]);
+    let calibrated = plan.tensors.iter().any(|t| t.kl.is_some());
+    let columns = ["tensor", "source", "shape", "from", "to", ">bytes", if calibrated { ">KL" } else { "" }];
+    let mut table = Table::new(&columns);
     for t in &plan.tensors {
         table.row([
             t.name.clone(),
@@ -221,10 +246,13 @@ fn describe(plan: &Plan) -> String {
             t.source_dtype.to_string(),
             t.dtype.to_string(),
             t.n_bytes.to_string(),
+            t.kl.map_or(String::new(), |kl| format!("{kl:.6}")),
         ]);
     }
+    let predicted = plan.predicted_kl.map(|kl| format!("predicted mean KL divergence: {kl:.6}\n"));
     format!(
-        "{table}{}",
-        totals(plan.tensors.iter().map(|t| &t.shape[..]), plan.source_bytes, plan.file_bytes)
+        "{table}{}{}",
+        totals(plan.tensors.iter().map(|t| &t.shape[..]), plan.source_bytes, plan.file_bytes),
+        predicted.unwrap_or_default()
     )
 }

@@ -6,6 +6,7 @@ use crate::output::{self, Table};
 use clap::Args;
 use kestrel_convert::Source;
 use kestrel_formats::WeightType;
+use kestrel_formats::calibration::Calibration;
 use kestrel_formats::checkpoint::{Checkpoint, SourceTensor};
 use kestrel_formats::gguf::{Array, Field, Gguf, Value};
 use serde_json::{Value as Json, json};
@@ -16,11 +17,16 @@ use std::path::PathBuf;
 #[command(after_help = "\
 Example:
   kestrel inspect falcon.gguf
-  kestrel inspect falcon.gguf --json | jq .totals")]
+  kestrel inspect falcon.gguf --json | jq .totals
+  kestrel inspect falcon.calibration.gguf --sensitivity")]
 pub struct InspectArgs {
     /// GGUF file or Hugging Face folder
     #[arg(value_name = "FILE.gguf | HF_DIR")]
     model: PathBuf,
+
+    /// Show what a file of `kestrel calibrate` says each type does to the predictions
+    #[arg(long)]
+    sensitivity: bool,
 
     /// Print one JSON object
     #[arg(long)]
@@ -56,6 +62,9 @@ struct Tensor {
 }
 
 pub fn run(args: &InspectArgs) -> Outcome {
+    if args.sensitivity {
+        return sensitivity(args);
+    }
     let source = files::open_source(&args.model)?;
     let contents = match &source {
         Source::Gguf(file) => of_gguf(file),
@@ -66,6 +75,29 @@ pub fn run(args: &InspectArgs) -> Outcome {
     }
     output::warnings(&args.model, &contents.warnings);
     output::text(&contents.to_text())
+}
+
+/// Mean KL divergence of the model with one matrix alone in each type.
+fn sensitivity(args: &InspectArgs) -> Outcome {
+    let calibration = Calibration::open(&args.model)?;
+    let of = |name: &str| calibration.divergence(name).into_iter().flatten().collect::<Vec<_>>();
+    if args.json {
+        let matrix = |name: &str| {
+            let kl = of(name).into_iter().map(|(ty, kl)| (ty.name().to_owned(), json!(kl)));
+            (name.to_owned(), Json::Object(kl.collect()))
+        };
+        let matrices: serde_json::Map<_, _> = calibration.matrices().map(matrix).collect();
+        return output::json(&json!({ "dataset": calibration.dataset(), "mean_kl": matrices }));
+    }
+    let headings: Vec<String> = calibration.types().iter().map(|ty| format!(">{ty}")).collect();
+    let headings: Vec<&str> = ["matrix"].into_iter().chain(headings.iter().map(String::as_str)).collect();
+    let mut table = Table::new(&headings);
+    for name in calibration.matrices() {
+        let kl = of(name);
+        let cell = |ty| kl.iter().find(|(t, _)| t == ty).map_or(String::new(), |(_, kl)| format!("{kl:.3e}"));
+        table.row([name.to_owned()].into_iter().chain(calibration.types().iter().map(cell)));
+    }
+    output::text(&table.to_string())
 }
 
 fn file_name(path: &std::path::Path) -> String {

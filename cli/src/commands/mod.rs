@@ -1,6 +1,7 @@
 //! One file per command: its arguments, its help, and what it does.
 
 mod bench;
+mod calibrate;
 mod convert;
 mod demo;
 mod diff;
@@ -29,6 +30,7 @@ pub enum Command {
     Bench(bench::BenchArgs),
     Perplexity(perplexity::PerplexityArgs),
     Imatrix(imatrix::ImatrixArgs),
+    Calibrate(calibrate::CalibrateArgs),
     Eval(eval::EvalArgs),
     Diff(diff::DiffArgs),
     Verify(verify::VerifyArgs),
@@ -47,6 +49,7 @@ pub fn run(command: Command) -> Outcome {
         Command::Bench(args) => bench::run(&args),
         Command::Perplexity(args) => perplexity::run(&args),
         Command::Imatrix(args) => imatrix::run(&args),
+        Command::Calibrate(args) => calibrate::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Diff(args) => diff::run(&args),
         Command::Verify(args) => verify::run(&args),

@@ -19,8 +19,9 @@
 use kestrel_formats::GgmlType;
 
 use super::q4::{nibbles, pack_nibbles};
+use super::steps::{Parts, Shape, Steps, stored, whole};
 use super::{Format, Group, expand, f16_at, for_each_block, groups, put_f16};
-use crate::scale_search::grid::{Iq4, iq4_index};
+use crate::scale_search::grid::{Grid, Iq4, iq4_index};
 use crate::scale_search::{Codes, ErrorWeight, Tile, signed};
 
 pub use crate::scale_search::grid::IQ4_VALUES as VALUES;
@@ -66,6 +67,25 @@ pub fn xs_scale(block: &[u8; XS_BYTES], j: usize) -> i8 {
     (low | (high as u8) << 4) as i8 - 32
 }
 
+/// The inverse of [`xs_scale`].
+#[inline(always)]
+fn put_xs_scales(sc: &[f32; 8], out: &mut [u8; XS_BYTES]) {
+    let sc = sc.map(|sc| (sc + 32.0) as u8);
+    let high = sc.iter().enumerate().fold(0u16, |bits, (j, s)| bits | u16::from(s >> 4) << (2 * j));
+    out[XS_SCALES_H..XS_SCALES_L].copy_from_slice(&high.to_le_bytes());
+    for (j, byte) in out[XS_SCALES_L..XS_QS].iter_mut().enumerate() {
+        *byte = (sc[2 * j] & 15) | (sc[2 * j + 1] & 15) << 4;
+    }
+}
+
+/// Stores the codes of an IQ4_XS block.
+#[inline(always)]
+fn put_xs_codes(codes: &[u8; XS_LEN], out: &mut [u8; XS_BYTES]) {
+    for (sub, qs) in codes.as_chunks::<SUB>().0.iter().zip(out[XS_QS..].as_chunks_mut::<16>().0) {
+        *qs = pack_nibbles(sub);
+    }
+}
+
 /// The codec of IQ4_NL.
 pub struct Iq4Nl;
 /// The codec of IQ4_XS.
@@ -107,16 +127,8 @@ impl Format for Iq4Xs {
             let codes: Codes<XS_LEN, L> = tile.signed_block_codes::<Iq4, XS_LEN>(&fitted, iq4_index);
             for (l, (out, codes)) in out.iter_mut().zip(&codes).enumerate() {
                 put_f16(out, D, fitted.d[l]);
-                let sc = fitted.sc.map(|sc| (sc[l] + 32.0) as u8);
-                let high =
-                    sc.iter().enumerate().fold(0u16, |bits, (j, s)| bits | u16::from(s >> 4) << (2 * j));
-                out[XS_SCALES_H..XS_SCALES_L].copy_from_slice(&high.to_le_bytes());
-                for (j, byte) in out[XS_SCALES_L..XS_QS].iter_mut().enumerate() {
-                    *byte = (sc[2 * j] & 15) | (sc[2 * j + 1] & 15) << 4;
-                }
-                for (sub, qs) in codes.as_chunks::<SUB>().0.iter().zip(out[XS_QS..].as_chunks_mut::<16>().0) {
-                    *qs = pack_nibbles(sub);
-                }
+                put_xs_scales(&fitted.sc.map(|sc| sc[l]), out);
+                put_xs_codes(codes, out);
             }
         }
     }
@@ -127,5 +139,44 @@ impl Format for Iq4Xs {
             let d = f16_at(b, D);
             expand::<SUB, XS_LEN>(&xs_codes(b), |j| (d * f32::from(xs_scale(b, j)), 0.0), out);
         });
+    }
+}
+
+impl Steps for Iq4Nl {
+    const SHAPE: Shape = Shape { sub_len: SUB, sc: None, m: None };
+
+    fn parts(block: &[u8]) -> Parts {
+        Parts::new(f16_at(block, D), 0.0)
+    }
+
+    fn nearest(t: f32) -> f32 {
+        Iq4::nearest(t)
+    }
+
+    fn put(parts: &Parts, numbers: &[f32], block: &mut [u8]) {
+        put_f16(block, D, parts.d);
+        block[NL_QS..].copy_from_slice(&pack_nibbles(&stored(numbers, iq4_index)));
+    }
+}
+
+impl Steps for Iq4Xs {
+    const SHAPE: Shape = Shape { sub_len: SUB, sc: Some((-32.0, 31.0)), m: None };
+
+    fn parts(block: &[u8]) -> Parts {
+        let block = block.first_chunk().expect("a block");
+        let mut parts = Parts::new(f16_at(block, D), 0.0);
+        parts.sc[..8].iter_mut().enumerate().for_each(|(j, sc)| *sc = f32::from(xs_scale(block, j)));
+        parts
+    }
+
+    fn nearest(t: f32) -> f32 {
+        Iq4::nearest(t)
+    }
+
+    fn put(parts: &Parts, numbers: &[f32], block: &mut [u8]) {
+        let block = whole(block);
+        put_f16(block, D, parts.d);
+        put_xs_scales(parts.sc.first_chunk().expect("8 of 16"), block);
+        put_xs_codes(&stored(numbers, iq4_index), block);
     }
 }

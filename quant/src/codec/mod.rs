@@ -20,6 +20,7 @@ pub mod q5_k;
 pub mod q6_k;
 pub mod q8_0;
 pub mod scales;
+pub mod steps;
 
 use std::marker::PhantomData;
 

@@ -9,9 +9,10 @@
 
 use kestrel_formats::GgmlType;
 
+use super::steps::{Parts, Shape, Steps, stored};
 use super::{Format, Group, expand, f16_at, for_each_block, groups, put_f16};
 use crate::scale_search::affine::Search;
-use crate::scale_search::{Codes, ErrorWeight, Tile};
+use crate::scale_search::{Codes, ErrorWeight, Tile, limit, low_byte, round};
 
 /// Weights in a block.
 pub const LEN: usize = 256;
@@ -93,5 +94,32 @@ impl Format for Q2K {
             };
             expand::<SUB, LEN>(&codes(b), scale, out);
         });
+    }
+}
+
+impl Steps for Q2K {
+    const SHAPE: Shape = Shape { sub_len: SUB, sc: Some((0.0, 15.0)), m: Some((0.0, 15.0)) };
+
+    fn parts(block: &[u8]) -> Parts {
+        let block = block.first_chunk().expect("a block");
+        let mut parts = Parts::new(f16_at(block, D), f16_at(block, DMIN));
+        for j in 0..LEN / SUB {
+            let (sc, m) = scale_min(block, j);
+            (parts.sc[j], parts.m[j]) = (f32::from(sc), f32::from(m));
+        }
+        parts
+    }
+
+    fn nearest(t: f32) -> f32 {
+        limit(round(t), 0.0, 3.0)
+    }
+
+    fn put(parts: &Parts, numbers: &[f32], block: &mut [u8]) {
+        for (byte, (sc, m)) in block[SCALES..QS].iter_mut().zip(parts.sc.iter().zip(&parts.m)) {
+            *byte = *sc as u8 | (*m as u8) << 4;
+        }
+        block[QS..D].copy_from_slice(&pack_two_bits(&stored(numbers, low_byte)));
+        put_f16(block, D, parts.d);
+        put_f16(block, DMIN, parts.dmin);
     }
 }

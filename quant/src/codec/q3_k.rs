@@ -10,8 +10,9 @@
 use kestrel_formats::GgmlType;
 
 use super::q2_k::{pack_two_bits, two_bits};
+use super::steps::{Parts, Shape, Steps, stored, whole};
 use super::{Format, Group, expand, f16_at, for_each_block, groups, put_f16};
-use crate::scale_search::grid::Integers;
+use crate::scale_search::grid::{Grid, Integers};
 use crate::scale_search::signed::Search;
 use crate::scale_search::{Codes, ErrorWeight, Tile, low_byte};
 
@@ -55,6 +56,15 @@ pub fn codes(block: &[u8; BYTES]) -> [i8; LEN] {
     std::array::from_fn(|i| (low[i] | (block[HMASK + i % 32] >> (i / 32) & 1) << 2) as i8 - 4)
 }
 
+/// Stores codes that have 4 added.
+#[inline(always)]
+fn put_codes(codes: &[u8; LEN], out: &mut [u8; BYTES]) {
+    for i in 0..32 {
+        out[HMASK + i] = (0..8).fold(0, |bits, k| bits | (codes[32 * k + i] >> 2) << k);
+    }
+    out[QS..SCALES].copy_from_slice(&pack_two_bits(codes));
+}
+
 /// The codec of Q3_K.
 pub struct Q3K;
 
@@ -74,10 +84,7 @@ impl Format for Q3K {
             let codes: Codes<LEN, L> =
                 tile.signed_block_codes::<Integers<4>, LEN>(&fitted, |g| low_byte(g + 4.0));
             for (l, (out, codes)) in out.iter_mut().zip(&codes).enumerate() {
-                for i in 0..32 {
-                    out[HMASK + i] = (0..8).fold(0, |bits, k| bits | (codes[32 * k + i] >> 2) << k);
-                }
-                out[QS..SCALES].copy_from_slice(&pack_two_bits(codes));
+                put_codes(codes, out);
                 out[SCALES..D].copy_from_slice(&pack_scales(&fitted.sc.map(|sc| sc[l] as i8)));
                 put_f16(out, D, fitted.d[l]);
             }
@@ -90,6 +97,28 @@ impl Format for Q3K {
             let d = f16_at(b, D);
             expand::<SUB, LEN>(&codes(b), |j| (d * f32::from(scale(b, j)), 0.0), out);
         });
+    }
+}
+
+impl Steps for Q3K {
+    const SHAPE: Shape = Shape { sub_len: SUB, sc: Some((-32.0, 31.0)), m: None };
+
+    fn parts(block: &[u8]) -> Parts {
+        let block = block.first_chunk().expect("a block");
+        let mut parts = Parts::new(f16_at(block, D), 0.0);
+        parts.sc.iter_mut().enumerate().for_each(|(j, sc)| *sc = f32::from(scale(block, j)));
+        parts
+    }
+
+    fn nearest(t: f32) -> f32 {
+        Integers::<4>::nearest(t)
+    }
+
+    fn put(parts: &Parts, numbers: &[f32], block: &mut [u8]) {
+        let block = whole(block);
+        put_codes(&stored(numbers, |g| low_byte(g + 4.0)), block);
+        block[SCALES..D].copy_from_slice(&pack_scales(&parts.sc.map(|sc| sc as i8)));
+        put_f16(block, D, parts.d);
     }
 }
 

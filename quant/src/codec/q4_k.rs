@@ -9,9 +9,10 @@
 
 use kestrel_formats::GgmlType;
 
+use super::steps::{Parts, Shape, Steps, stored, whole};
 use super::{Format, Group, expand, f16_at, for_each_block, groups, put_f16};
 use crate::scale_search::affine::{Blocks, Search};
-use crate::scale_search::{Codes, ErrorWeight, Importance, Tile};
+use crate::scale_search::{Codes, ErrorWeight, Importance, Tile, limit, low_byte, round};
 
 /// Weights in a block.
 pub const LEN: usize = 256;
@@ -63,6 +64,15 @@ pub fn codes(block: &[u8; BYTES]) -> [i8; LEN] {
     })
 }
 
+/// Stores the codes.
+#[inline(always)]
+fn put_codes(codes: &[u8; LEN], out: &mut [u8; BYTES]) {
+    for (i, byte) in out[QS..].iter_mut().enumerate() {
+        let at = i / 32 * 64 + i % 32;
+        *byte = codes[at] | codes[at + 32] << 4;
+    }
+}
+
 /// The codec of Q4_K.
 pub struct Q4K;
 
@@ -78,10 +88,7 @@ impl Format for Q4K {
             let (fitted, codes) = fit_blocks::<L>(x, importance, search);
             for (l, (out, codes)) in out.iter_mut().zip(&codes).enumerate() {
                 out[..QS].copy_from_slice(&pack_head(&fitted, l));
-                for (i, byte) in out[QS..].iter_mut().enumerate() {
-                    let at = i / 32 * 64 + i % 32;
-                    *byte = codes[at] | codes[at + 32] << 4;
-                }
+                put_codes(codes, out);
             }
         }
     }
@@ -122,12 +129,53 @@ pub(super) fn fit_blocks<const L: usize>(
 /// The first 16 bytes of the Q4_K or Q5_K block in lane l.
 #[inline(always)]
 pub(super) fn pack_head<const L: usize>(fitted: &Blocks<8, L>, l: usize) -> [u8; QS] {
-    let mut head = [0; QS];
-    put_f16(&mut head, D, fitted.d[l]);
-    put_f16(&mut head, DMIN, fitted.dmin[l]);
     let (sc, m) = (fitted.sc.map(|sc| sc[l] as u8), fitted.m.map(|m| m[l] as u8));
-    head[SCALES..].copy_from_slice(&pack_scale_min(&sc, &m));
+    head(fitted.d[l], fitted.dmin[l], &sc, &m)
+}
+
+#[inline(always)]
+fn head(d: f32, dmin: f32, sc: &[u8; 8], m: &[u8; 8]) -> [u8; QS] {
+    let mut head = [0; QS];
+    put_f16(&mut head, D, d);
+    put_f16(&mut head, DMIN, dmin);
+    head[SCALES..].copy_from_slice(&pack_scale_min(sc, m));
     head
+}
+
+/// The scales of a Q4_K or Q5_K block.
+pub(super) fn parts(block: &[u8]) -> Parts {
+    let packed = block[SCALES..].first_chunk().expect("12 bytes");
+    let mut parts = Parts::new(f16_at(block, D), f16_at(block, DMIN));
+    for j in 0..8 {
+        let (sc, m) = scale_min(packed, j);
+        (parts.sc[j], parts.m[j]) = (f32::from(sc), f32::from(m));
+    }
+    parts
+}
+
+/// The inverse of [`parts`]: the first bytes of a block.
+pub(super) fn parts_head(parts: &Parts) -> [u8; QS] {
+    let byte = |x: f32| x as u8;
+    let (sc, m) = (std::array::from_fn(|j| byte(parts.sc[j])), std::array::from_fn(|j| byte(parts.m[j])));
+    head(parts.d, parts.dmin, &sc, &m)
+}
+
+impl Steps for Q4K {
+    const SHAPE: Shape = Shape { sub_len: SUB, sc: Some((0.0, 63.0)), m: Some((0.0, 63.0)) };
+
+    fn parts(block: &[u8]) -> Parts {
+        parts(block)
+    }
+
+    fn nearest(t: f32) -> f32 {
+        limit(round(t), 0.0, 15.0)
+    }
+
+    fn put(parts: &Parts, numbers: &[f32], block: &mut [u8]) {
+        let block = whole(block);
+        block[..QS].copy_from_slice(&parts_head(parts));
+        put_codes(&stored(numbers, low_byte), block);
+    }
 }
 
 #[cfg(test)]

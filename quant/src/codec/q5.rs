@@ -12,8 +12,10 @@
 use kestrel_formats::GgmlType;
 
 use super::q4::{AFFINE_SEARCH, SIGNED_SEARCH, nibbles, pack_nibbles, round_affine, round_signed, tail};
+use super::steps::{Parts, Shape, Steps, stored};
 use super::{Format, blocks, expand, f16_at, for_each_block, put_f16};
-use crate::scale_search::{affine, grid, low_byte, signed};
+use crate::scale_search::grid::Grid;
+use crate::scale_search::{affine, grid, limit, low_byte, round, signed};
 
 /// Weights in a block.
 pub const LEN: usize = 32;
@@ -138,5 +140,41 @@ impl Format for Q5_1 {
             let (d, m) = (f16_at(b, D), f16_at(b, M));
             expand::<LEN, LEN>(&q5_1_codes(b), |_| (d, -m), out);
         });
+    }
+}
+
+impl Steps for Q5_0 {
+    const SHAPE: Shape = Shape { sub_len: LEN, sc: None, m: None };
+
+    fn parts(block: &[u8]) -> Parts {
+        Parts::new(f16_at(block, D), 0.0)
+    }
+
+    fn nearest(t: f32) -> f32 {
+        grid::Integers::<16>::nearest(t)
+    }
+
+    fn put(parts: &Parts, numbers: &[f32], block: &mut [u8]) {
+        put_f16(block, D, parts.d);
+        let codes = stored(numbers, |g| low_byte(g + f32::from(Q5_0_BIAS)));
+        block[Q5_0_QH..].copy_from_slice(&pack_codes(&codes));
+    }
+}
+
+impl Steps for Q5_1 {
+    const SHAPE: Shape = Shape { sub_len: LEN, sc: None, m: None };
+
+    fn parts(block: &[u8]) -> Parts {
+        Parts::new(f16_at(block, D), -f16_at(block, M))
+    }
+
+    fn nearest(t: f32) -> f32 {
+        limit(round(t), 0.0, 31.0)
+    }
+
+    fn put(parts: &Parts, numbers: &[f32], block: &mut [u8]) {
+        put_f16(block, D, parts.d);
+        put_f16(block, M, -parts.dmin);
+        block[Q5_1_QH..].copy_from_slice(&pack_codes(&stored(numbers, low_byte)));
     }
 }

@@ -8,9 +8,11 @@
 
 use kestrel_formats::GgmlType;
 
-use super::q4_k::{fit_blocks, pack_head, sub_scales};
+use super::q4_k::{self, fit_blocks, pack_head, sub_scales};
+use super::steps::{Parts, Shape, Steps, stored, whole};
 use super::{Format, Group, expand, f16_at, for_each_block, groups};
 use crate::scale_search::affine::Search;
+use crate::scale_search::{limit, low_byte, round};
 
 /// Weights in a block.
 pub const LEN: usize = 256;
@@ -43,6 +45,18 @@ pub fn codes(block: &[u8; BYTES]) -> [i8; LEN] {
     })
 }
 
+/// Stores the codes.
+#[inline(always)]
+fn put_codes(codes: &[u8; LEN], out: &mut [u8; BYTES]) {
+    for i in 0..32 {
+        out[QH + i] = (0..8).fold(0, |bits, j| bits | (codes[32 * j + i] >> 4) << j);
+    }
+    for (i, byte) in out[QS..].iter_mut().enumerate() {
+        let at = i / 32 * 64 + i % 32;
+        *byte = (codes[at] & 15) | (codes[at + 32] & 15) << 4;
+    }
+}
+
 /// The codec of Q5_K.
 pub struct Q5K;
 
@@ -58,13 +72,7 @@ impl Format for Q5K {
             let (fitted, codes) = fit_blocks::<L>(x, importance, search);
             for (l, (out, codes)) in out.iter_mut().zip(&codes).enumerate() {
                 out[..QH].copy_from_slice(&pack_head(&fitted, l));
-                for i in 0..32 {
-                    out[QH + i] = (0..8).fold(0, |bits, j| bits | (codes[32 * j + i] >> 4) << j);
-                }
-                for (i, byte) in out[QS..].iter_mut().enumerate() {
-                    let at = i / 32 * 64 + i % 32;
-                    *byte = (codes[at] & 15) | (codes[at + 32] & 15) << 4;
-                }
+                put_codes(codes, out);
             }
         }
     }
@@ -74,5 +82,23 @@ impl Format for Q5K {
         for_each_block(src, dst, |b: &[u8; BYTES], out| {
             expand::<SUB, LEN>(&codes(b), sub_scales(packed_scales(b), f16_at(b, D), f16_at(b, DMIN)), out);
         });
+    }
+}
+
+impl Steps for Q5K {
+    const SHAPE: Shape = Shape { sub_len: SUB, sc: Some((0.0, 63.0)), m: Some((0.0, 63.0)) };
+
+    fn parts(block: &[u8]) -> Parts {
+        q4_k::parts(block)
+    }
+
+    fn nearest(t: f32) -> f32 {
+        limit(round(t), 0.0, 31.0)
+    }
+
+    fn put(parts: &Parts, numbers: &[f32], block: &mut [u8]) {
+        let block = whole(block);
+        block[..QH].copy_from_slice(&q4_k::parts_head(parts));
+        put_codes(&stored(numbers, low_byte), block);
     }
 }

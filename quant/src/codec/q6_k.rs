@@ -10,8 +10,9 @@
 use kestrel_formats::GgmlType;
 
 use super::q2_k::{pack_two_bits, two_bits};
+use super::steps::{Parts, Shape, Steps, stored, whole};
 use super::{Format, Group, expand, f16_at, for_each_block, groups, put_f16};
-use crate::scale_search::grid::Integers;
+use crate::scale_search::grid::{Grid, Integers};
 use crate::scale_search::signed::Search;
 use crate::scale_search::{Codes, ErrorWeight, Tile, low_byte};
 
@@ -45,6 +46,16 @@ pub fn scale(block: &[u8; BYTES], j: usize) -> i8 {
     block[SCALES + j] as i8
 }
 
+/// Stores codes that have 32 added.
+#[inline(always)]
+fn put_codes(codes: &[u8; LEN], out: &mut [u8; BYTES]) {
+    for (i, byte) in out[..QH].iter_mut().enumerate() {
+        let at = i / 64 * 128 + i % 64;
+        *byte = (codes[at] & 15) | (codes[at + 64] & 15) << 4;
+    }
+    out[QH..SCALES].copy_from_slice(&pack_two_bits(&codes.map(|c| c >> 4)));
+}
+
 /// The codec of Q6_K.
 pub struct Q6K;
 
@@ -64,11 +75,7 @@ impl Format for Q6K {
             let codes: Codes<LEN, L> =
                 tile.signed_block_codes::<Integers<32>, LEN>(&fitted, |g| low_byte(g + 32.0));
             for (l, (out, codes)) in out.iter_mut().zip(&codes).enumerate() {
-                for (i, byte) in out[..QH].iter_mut().enumerate() {
-                    let at = i / 64 * 128 + i % 64;
-                    *byte = (codes[at] & 15) | (codes[at + 64] & 15) << 4;
-                }
-                out[QH..SCALES].copy_from_slice(&pack_two_bits(&codes.map(|c| c >> 4)));
+                put_codes(codes, out);
                 for (byte, sc) in out[SCALES..D].iter_mut().zip(&fitted.sc) {
                     *byte = sc[l] as i8 as u8;
                 }
@@ -83,5 +90,29 @@ impl Format for Q6K {
             let d = f16_at(b, D);
             expand::<SUB, LEN>(&codes(b), |j| (d * f32::from(scale(b, j)), 0.0), out);
         });
+    }
+}
+
+impl Steps for Q6K {
+    const SHAPE: Shape = Shape { sub_len: SUB, sc: Some((-128.0, 127.0)), m: None };
+
+    fn parts(block: &[u8]) -> Parts {
+        let block = block.first_chunk().expect("a block");
+        let mut parts = Parts::new(f16_at(block, D), 0.0);
+        parts.sc.iter_mut().enumerate().for_each(|(j, sc)| *sc = f32::from(scale(block, j)));
+        parts
+    }
+
+    fn nearest(t: f32) -> f32 {
+        Integers::<32>::nearest(t)
+    }
+
+    fn put(parts: &Parts, numbers: &[f32], block: &mut [u8]) {
+        let block = whole(block);
+        put_codes(&stored(numbers, |g| low_byte(g + 32.0)), block);
+        for (byte, sc) in block[SCALES..D].iter_mut().zip(&parts.sc) {
+            *byte = *sc as i8 as u8;
+        }
+        put_f16(block, D, parts.d);
     }
 }

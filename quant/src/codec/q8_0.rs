@@ -7,6 +7,7 @@
 
 use kestrel_formats::GgmlType;
 
+use super::steps::{Parts, Shape, Steps, stored};
 use super::{Format, blocks, expand, f16_at, for_each_block, largest, put_f16};
 use crate::scale_search::{limit, low_byte, round};
 
@@ -53,6 +54,23 @@ impl Format for Q8_0 {
             let d = f16_at(b, D);
             expand::<LEN, LEN>(&codes(b), |_| (d, 0.0), out);
         });
+    }
+}
+
+impl Steps for Q8_0 {
+    const SHAPE: Shape = Shape { sub_len: LEN, sc: None, m: None };
+
+    fn parts(block: &[u8]) -> Parts {
+        Parts::new(f16_at(block, D), 0.0)
+    }
+
+    fn nearest(t: f32) -> f32 {
+        limit(round(t), -127.0, 127.0)
+    }
+
+    fn put(parts: &Parts, numbers: &[f32], block: &mut [u8]) {
+        put_f16(block, D, parts.d);
+        block[QS..].copy_from_slice(&stored::<LEN>(numbers, low_byte));
     }
 }
 
