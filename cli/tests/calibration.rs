@@ -1,4 +1,5 @@
 //! Better files, as a user makes them: calibrate on one text, choose types, measure on another.
+#![forbid(unsafe_code)]
 
 use serde_json::Value as Json;
 use std::path::{Path, PathBuf};
