@@ -57,7 +57,7 @@ pub(super) trait Steps {
     fn put(parts: &Parts, numbers: &[f32], block: &mut [u8]);
 }
 
-/// [`Steps`] of a type, as functions.
+/// `Steps` of a type, as functions.
 #[derive(Clone, Copy)]
 pub struct Taken {
     /// What varies.
