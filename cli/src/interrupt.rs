@@ -1,15 +1,15 @@
-//! SIGINT, SIGTERM and SIGHUP.
+//! SIGINT, SIGTERM and SIGHUP; and SIGXFSZ, which is no longer one.
 //!
 //! A signal ends the process at once, unless the command asked for [`flag`] because it has threads to stop: then the
 //! first signal sets the flag and the second ends the process. Either way the exit status is 130 and no temporary
 //! file stays.
 
 use kestrel_formats::{Error, ErrorKind, Result};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
 use signal_hook::iterator::Signals;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 /// Somebody looks at [`INTERRUPTED`].
@@ -30,6 +30,8 @@ pub fn install() -> Result<()> {
             }
         }
     };
+    // Writing beyond a limit on the size of files would end the process; so it is an error of that write.
+    signal_hook::flag::register(SIGXFSZ, Arc::default()).map_err(failed)?;
     std::thread::Builder::new().name("kestrel-signals".into()).spawn(listen).map_err(failed)?;
     Ok(())
 }
