@@ -115,7 +115,8 @@ fn a_calibrated_file_has_its_size_and_diverges_by_six_tenths() {
     assert!((0.99 * wanted..=wanted).contains(&(dir.n_bytes("bpw.gguf") as f64)));
     let plan = dir.ok("quantize base.gguf --dry-run --calibration c.gguf --target-kl 0.01");
     let predicted = plan.lines().last().unwrap().rsplit(' ').next().unwrap().parse::<f64>().unwrap();
-    assert!((0.008..=0.01).contains(&predicted), "{plan}");
+    // Types are chosen in steps, of which the large matrices' are coarse.
+    assert!((0.005..=0.01).contains(&predicted), "{plan}");
     let sensitivity = dir.ok("inspect c.gguf --sensitivity");
     assert_eq!(sensitivity.lines().count(), 1 + 6 * 4 + 2, "{sensitivity}");
     let json: Json = serde_json::from_str(&dir.ok("inspect c.gguf --sensitivity --json")).unwrap();
