@@ -17,4 +17,5 @@ pub(super) mod avx2;
 pub(super) mod avx512;
 mod few;
 mod panel;
+mod sums;
 mod unpack;

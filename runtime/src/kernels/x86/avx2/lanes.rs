@@ -4,6 +4,7 @@
 
 use crate::kernels::lanes::Lanes;
 use crate::kernels::x86::few::fetch_line;
+use crate::kernels::x86::sums::{fold_eight, sum_four};
 use crate::kernels::x86::unpack::look_up_bytes;
 use std::arch::x86_64::*;
 
@@ -176,7 +177,5 @@ unsafe fn sum_dwords(x: __m256i) -> i32 {
 /// The sum of eight f32.
 #[inline(always)]
 pub(super) unsafe fn sum_floats(x: __m256) -> f32 {
-    let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
-    let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
-    _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)))
+    sum_four(fold_eight(x))
 }

@@ -7,6 +7,7 @@ use super::narrow::{Narrow, Two, pairs};
 use crate::kernels::matmul::Job;
 use crate::kernels::memory::LANES;
 use crate::kernels::x86::few::{FOUR, Few, TOKENS, fetch_ahead, four_blocks, walk};
+use crate::kernels::x86::sums::{fold_eight, sum_four};
 use crate::kernels::x86::unpack::{Large, f16};
 use std::arch::x86_64::*;
 use std::marker::PhantomData;
@@ -21,18 +22,10 @@ pub(super) unsafe fn large<F: Narrow>(job: &Job<'_>) {
     walk(&LargeRow::<F>(PhantomData), job);
 }
 
-/// The sum of four lanes, in the order of `Lanes::sum`.
-#[inline(always)]
-unsafe fn sum_four(x: __m128) -> f32 {
-    let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
-    _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)))
-}
-
-/// The sum of sixteen lanes, likewise.
+/// The sum of sixteen lanes, in the order of `Lanes::sum`.
 #[inline(always)]
 unsafe fn sum_sixteen(x: [__m256; 2]) -> f32 {
-    let x = _mm256_add_ps(x[0], x[1]);
-    sum_four(_mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x)))
+    sum_four(fold_eight(_mm256_add_ps(x[0], x[1])))
 }
 
 /// Rows of blocks of 32. A row has sixteen lanes of a sum: four blocks', four each.

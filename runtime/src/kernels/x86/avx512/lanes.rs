@@ -4,6 +4,7 @@
 
 use crate::kernels::lanes::Lanes;
 use crate::kernels::x86::few::fetch_line;
+use crate::kernels::x86::sums::{fold_eight, sum_four};
 use crate::kernels::x86::unpack::look_up_bytes;
 use std::arch::x86_64::*;
 
@@ -135,10 +136,7 @@ impl Lanes for Avx512 {
 /// The sum of sixteen f32, in the order of [`Lanes::sum`].
 #[inline(always)]
 unsafe fn sum_floats(x: __m512) -> f32 {
-    let x = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps::<1>(x));
-    let x = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
-    let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
-    _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)))
+    sum_four(fold_eight(_mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps::<1>(x))))
 }
 
 /// Transposes 16 rows of 16 dwords.

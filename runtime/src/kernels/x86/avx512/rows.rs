@@ -15,6 +15,7 @@ use super::wide::{Four, Head, Wide, X};
 use crate::kernels::matmul::{INT_PANEL_TOKENS, Job, Scratch};
 use crate::kernels::memory::LANES;
 use crate::kernels::x86::few::{FOUR, Few, TOKENS, fetch_ahead, four_blocks, walk};
+use crate::kernels::x86::sums::{fold_eight, sum_four};
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::marker::PhantomData;
@@ -134,23 +135,10 @@ fn mask_of(n: usize) -> u8 {
     (1 << n.min(FOUR)) - 1
 }
 
-/// The sum of four lanes, in the order of `Lanes::sum`.
-#[inline(always)]
-unsafe fn sum_four(x: __m128) -> f32 {
-    let x = _mm_add_ps(x, _mm_movehl_ps(x, x));
-    _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)))
-}
-
 /// Lanes i + 8 added to lanes i, then i + 4.
 #[inline(always)]
 unsafe fn fold(x: __m512) -> __m128 {
-    fold8(_mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps::<1>(x)))
-}
-
-/// Lanes i + 4 added to lanes i.
-#[inline(always)]
-unsafe fn fold8(x: __m256) -> __m128 {
-    _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x))
+    fold_eight(_mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps::<1>(x)))
 }
 
 /// Rows of blocks of 32. A row has sixteen lanes of a sum: four blocks', four each.
@@ -311,8 +299,8 @@ unsafe fn mins_of<F: Wide, const R: usize>(mins: &[__m512; 2], j: usize) -> __m1
             2 => _mm512_extractf32x4_ps::<2>(mins[0]),
             _ => _mm512_extractf32x4_ps::<3>(mins[0]),
         },
-        _ if j.is_multiple_of(2) => fold8(_mm512_castps512_ps256(mins[j / 2])),
-        _ => fold8(_mm512_extractf32x8_ps::<1>(mins[j / 2])),
+        _ if j.is_multiple_of(2) => fold_eight(_mm512_castps512_ps256(mins[j / 2])),
+        _ => fold_eight(_mm512_extractf32x8_ps::<1>(mins[j / 2])),
     }
 }
 
