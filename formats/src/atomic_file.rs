@@ -91,7 +91,7 @@ impl AtomicFile {
     fn reserve(&self, file_bytes: u64) -> Result<()> {
         let limit = rustix::process::getrlimit(rustix::process::Resource::Fsize).current;
         if limit.is_some_and(|limit| limit < file_bytes) {
-            // Writing beyond it would raise SIGXFSZ, which kills the process and leaves the temporary file.
+            // Writing beyond it would raise SIGXFSZ, which kills a process that does not handle it, and is late anyway.
             let found = format!("a limit of {} bytes per file", limit.unwrap_or(0));
             return Err(Error::new(ErrorKind::Io)
                 .file(&self.target)
