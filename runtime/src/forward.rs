@@ -136,7 +136,7 @@ impl<'m> Runner<'m> {
     fn logits(&mut self, n: usize, logits: &mut [f32]) {
         let (h, b) = (self.model.hparams(), &mut self.buffers);
         let output = self.model.output_matrix();
-        let (x, kind) = (&b.x[..n * h.d_model], output.act_kind(self.precise, n));
+        let (x, kind) = (&b.x[..n * h.d_model], output.act_kind(self.precise));
         self.compute.norm(x, &self.model.output_norm, h.layer_norm_epsilon, kind, &mut b.normed);
         self.compute.matmul(&output.view(), &b.normed, logits, Then::Store);
     }
@@ -185,7 +185,7 @@ impl<'m> Runner<'m> {
         for x in b.x[..n * h.d_model].chunks(LOGIT_ROWS * h.d_model) {
             let n_tokens = x.len() / h.d_model;
             let logits = &mut b.logits[..n_tokens * h.vocab_size];
-            let kind = self.model.output_matrix().act_kind(self.precise, n_tokens);
+            let kind = self.model.output_matrix().act_kind(self.precise);
             self.compute.norm(x, &self.model.output_norm, h.layer_norm_epsilon, kind, &mut b.normed);
             self.compute.matmul(&self.model.output_matrix().view(), &b.normed, logits, Then::Store);
             for (row, i) in logits.chunks_exact(h.vocab_size).zip(&mut wanted) {
@@ -200,7 +200,7 @@ impl<'m> Runner<'m> {
         for chunk in tokens.chunks(self.compute.max_tokens()) {
             self.layers(&mut [Segment { state, n_tokens: chunk.len() }], chunk, Some(&mut watch));
             let (b, output) = (&mut self.buffers, self.model.output_matrix());
-            let (x, kind) = (&b.x[..chunk.len() * h.d_model], output.act_kind(self.precise, chunk.len()));
+            let (x, kind) = (&b.x[..chunk.len() * h.d_model], output.act_kind(self.precise));
             self.compute.norm(x, &self.model.output_norm, h.layer_norm_epsilon, kind, &mut b.normed);
             watch.see(Role::Output, 0, &b.normed);
         }
@@ -228,7 +228,7 @@ impl<'m> Runner<'m> {
     ) {
         let h = self.model.hparams();
         let precise = self.precise;
-        let kind = |m: &Matrix| m.act_kind(precise, t);
+        let kind = |m: &Matrix| m.act_kind(precise);
         let mut see = |role, acts: &Acts| {
             if let Some(watch) = &mut watch {
                 watch.see(role, i, acts);

@@ -119,16 +119,14 @@ impl Matrix {
             .expect("checked when the matrix was made")
     }
 
-    /// The form of the activations that it multiplies `n_tokens` of; `precise` keeps f32 whatever the weights are.
-    ///
-    /// What bitsandbytes made is multiplied exactly for few tokens, where the memory is the limit and not arithmetic,
-    /// and as Q8_0 for many.
-    pub(crate) fn act_kind(&self, precise: bool, n_tokens: usize) -> ActKind {
+    /// The form of the activations that it multiplies; `precise` keeps f32 whatever the weights are. What bitsandbytes
+    /// made is multiplied as Q8_0.
+    pub(crate) fn act_kind(&self, precise: bool) -> ActKind {
         match (self.dtype, &self.scales) {
             (WeightType::Ggml(ty), _) => ActKind::for_weights(ty, precise),
             (_, Some(scales))
                 if !precise
-                    && kernels::multiplies_as_q8_0(n_tokens, self.cols, scales.blocksize, scales.largest) =>
+                    && kernels::multiplies_as_q8_0(self.cols, scales.blocksize, scales.largest) =>
             {
                 ActKind::for_weights(GgmlType::Q8_0, false)
             }

@@ -1,12 +1,13 @@
 //! Products of matrices whose scales lie beside their codes, as bitsandbytes has them.
 //!
-//! Few tokens: f32 activations, and the weights are exactly what the library dequantizes. A row is read once. The 16
+//! With int8 activations the weights are multiplied as Q8_0. Two roundings come in: values to 1/127 of a block's scale,
+//! which adds under 1 % to the variance of NF4's own error, and scales to f16; [`multiplies_as_q8_0`] tells where that
+//! holds. Some rows at a time become Q8_0 blocks in scratch, and the product is Q8_0's; where an instruction set has
+//! [`Kernels::beside_rows`], few tokens are multiplied straight from the codes, to the same bits.
+//!
+//! With f32 activations the weights are exactly what the library dequantizes. For few tokens a row is read once: the 16
 //! values of a 4-bit type, times the scale of a block and rounded, fit a register (or two), in which every code is
 //! looked up; of a byte one half and then the other, so the activations are brought into that order first.
-//!
-//! Many tokens: some rows at a time become Q8_0 blocks in scratch, and the product with int8 activations is Q8_0's. Two
-//! roundings come in: values to 1/127 of a block's scale, which adds under 1 % to the variance of NF4's own error, and
-//! scales to f16. [`multiplies_as_q8_0`] tells where that holds.
 
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for the contracts of `Lanes` and `Matmul` alone
 
@@ -20,12 +21,11 @@ use kestrel_quant::codec::{bnb8, f16_bits, q8_0};
 /// Weights of one step: 16 bytes of 4-bit codes.
 const STEP: usize = 2 * LANES;
 
-/// Whether a matrix with these scales, the largest of them `largest`, is multiplied as Q8_0: tokens are many, blocks do
-/// not split a block of 32, and the largest scale is a normal f16, so that rounding it costs 2^-11 at most.
-pub(crate) fn multiplies_as_q8_0(n_tokens: usize, cols: usize, blocksize: usize, largest: f32) -> bool {
-    let d = largest / 127.0;
-    n_tokens >= INT_PANEL_TOKENS
-        && cols.is_multiple_of(q8_0::LEN)
+/// Whether a matrix with these scales, the largest of them `largest`, may be multiplied as Q8_0: blocks do not split a
+/// block of 32, and the largest scale is a normal f16, so that rounding it costs 2^-11 at most.
+pub(crate) fn multiplies_as_q8_0(cols: usize, blocksize: usize, largest: f32) -> bool {
+    let d = largest * bnb8::INVERSE_127;
+    cols.is_multiple_of(q8_0::LEN)
         && blocksize.is_multiple_of(q8_0::LEN)
         && (half::f16::MIN_POSITIVE.to_f32()..=half::f16::MAX.to_f32()).contains(&d)
 }
@@ -40,6 +40,12 @@ pub(crate) fn scratch_bytes(cols: usize) -> usize {
 /// # Safety
 /// That of [`super::matmul::Matmul`].
 pub(crate) unsafe fn int_matmul(kernels: &Kernels, job: &Job<'_>, scratch: &mut Scratch) {
+    if let Some(rows) = kernels.beside_rows
+        && job.acts.n_tokens() < INT_PANEL_TOKENS
+        && rows(job, scratch)
+    {
+        return;
+    }
     let cols = job.weights.cols;
     let row_bytes = cols / q8_0::LEN * q8_0::BYTES;
     let mut blocks = std::mem::take(&mut scratch.blocks); // given back below
@@ -56,18 +62,29 @@ pub(crate) unsafe fn int_matmul(kernels: &Kernels, job: &Job<'_>, scratch: &mut 
     scratch.blocks = blocks;
 }
 
+/// What codes stand for (-1..=1) as codes of Q8_0, with a scale of 1/127 of theirs.
+pub(crate) const fn codes_of_q8_0(values: &[f32; 16]) -> [i8; 16] {
+    let mut out = [0; 16];
+    let mut i = 0;
+    while i < 16 {
+        let half = if values[i] < 0.0 { -0.5 } else { 0.5 };
+        out[i] = (values[i] * 127.0 + half) as i8; // none is halfway between two
+        i += 1;
+    }
+    out
+}
+
 /// Row `row` as Q8_0 blocks.
 #[inline(always)]
 pub(crate) unsafe fn to_q8_0<L: Lanes>(weights: &MatrixRef<'_>, row: usize, out: &mut [u8]) {
     let (scales, first) = weights.beside(row);
     let codes = weights.row(row);
-    // A code of Q8_0 is a value times 127.
-    let table = weights.dtype.code_values().map(|values| values.map(|v| (v * 127.0).round_ties_even() as i8));
+    let table = weights.dtype.code_values().map(codes_of_q8_0);
     let mut last = (usize::MAX, 0);
     for (b, out) in out.as_chunks_mut::<{ q8_0::BYTES }>().0.iter_mut().enumerate() {
         let block = (first + b * q8_0::LEN) / scales.blocksize;
         if block != last.0 {
-            last = (block, f16_bits(scales.absmax.get(block) / 127.0));
+            last = (block, f16_bits(scales.absmax.get(block) * bnb8::INVERSE_127));
         }
         out[q8_0::D..q8_0::QS].copy_from_slice(&last.1.to_le_bytes());
         let to = out[q8_0::QS..].as_mut_ptr();

@@ -27,6 +27,9 @@ pub struct Kernels {
     pub(super) int_matmul: Matmul,
     /// A row of a matrix with scales beside its codes, as Q8_0 blocks.
     pub(super) to_q8_0: unsafe fn(&MatrixRef<'_>, usize, &mut [u8]),
+    /// A matrix with scales beside its codes times the int8 activations of few tokens, to the bits of its Q8_0 blocks';
+    /// false if its shape is not for that.
+    pub(super) beside_rows: Option<unsafe fn(&matmul::Job<'_>, &mut matmul::Scratch) -> bool>,
     exp: unsafe fn(&mut [f32]),
     silu: unsafe fn(&mut [f32]),
     softplus: unsafe fn(&mut [f32]),
@@ -81,7 +84,7 @@ impl Kernels {
 
 /// Compiles the bodies that are generic over `Lanes` for one instruction set and lists them in a table.
 macro_rules! kernels {
-    ($table:ident, $isa:expr, $lanes:ty, $int_matmul:path $(, #[$feature:meta])?) => {
+    ($table:ident, $isa:expr, $lanes:ty, $int_matmul:path, $beside_rows:expr $(, #[$feature:meta])?) => {
         static $table: Kernels = {
             $(#[$feature])?
             unsafe fn rms_norm(x: &mut [f32], eps: f32) {
@@ -149,6 +152,7 @@ macro_rules! kernels {
                 f32_matmul,
                 int_matmul: $int_matmul,
                 to_q8_0,
+                beside_rows: $beside_rows,
                 exp,
                 silu,
                 softplus,
@@ -157,13 +161,14 @@ macro_rules! kernels {
     };
 }
 
-kernels!(SCALAR, Isa::Scalar, scalar::Scalar, scalar::int_matmul);
+kernels!(SCALAR, Isa::Scalar, scalar::Scalar, scalar::int_matmul, None);
 #[cfg(target_arch = "x86_64")]
 kernels!(
     AVX2,
     Isa::Avx2,
     x86::avx2::Avx2,
     x86::avx2::int_matmul,
+    None,
     #[target_feature(enable = "avx2,fma,f16c")]
 );
 #[cfg(target_arch = "x86_64")]
@@ -172,6 +177,7 @@ kernels!(
     Isa::Avx512,
     x86::avx512::Avx512,
     x86::avx512::int_matmul,
+    Some(x86::avx512::beside_rows),
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
 );
 #[cfg(target_arch = "x86_64")]
@@ -180,6 +186,7 @@ kernels!(
     Isa::Amx,
     x86::avx512::Avx512,
     x86::amx::int_matmul,
+    Some(x86::avx512::beside_rows),
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
 );
 #[cfg(target_arch = "aarch64")]
@@ -188,5 +195,6 @@ kernels!(
     Isa::Neon,
     neon::Neon,
     neon::int_matmul,
+    None,
     #[target_feature(enable = "neon,dotprod")]
 );

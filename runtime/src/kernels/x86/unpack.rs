@@ -5,6 +5,8 @@
 
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for pointers to whole blocks and for AVX2 and F16C, which the callers have
 
+use crate::kernels::beside::codes_of_q8_0;
+use kestrel_formats::weight_type::{FP4_VALUES, NF4_VALUES};
 use kestrel_quant::codec::{iq4, q2_k, q3_k, q4, q4_k, q5, q5_k, q6_k, q8_0};
 use std::arch::x86_64::*;
 
@@ -12,6 +14,8 @@ use std::arch::x86_64::*;
 pub(super) trait Small {
     const BYTES: usize;
     const BIAS: u8;
+    /// Whether `d` lies beside the blocks.
+    const BESIDE: bool = false;
     /// Whether `m` is other than 0.
     const HAS_M: bool;
     /// 32 codes in row order.
@@ -100,19 +104,28 @@ unsafe fn spread_bits(bits: u32, value: i8) -> __m256i {
     _mm256_and_si256(set, _mm256_set1_epi8(value))
 }
 
+/// A table of bytes with 128 added.
+const fn biased(table: &[i8; 16]) -> [u8; 16] {
+    let mut out = [0; 16];
+    let mut i = 0;
+    while i < 16 {
+        out[i] = (table[i] as u8) ^ 0x80;
+        i += 1;
+    }
+    out
+}
+
 /// What the 16 codes of the IQ4 types stand for, with 128 added.
 #[inline(always)]
 pub(super) unsafe fn iq4_values() -> __m256i {
-    const BIASED: [u8; 16] = {
-        let mut out = [0; 16];
-        let mut i = 0;
-        while i < 16 {
-            out[i] = (iq4::VALUES[i] as u8) ^ 0x80;
-            i += 1;
-        }
-        out
-    };
+    const BIASED: [u8; 16] = biased(&iq4::VALUES);
     _mm256_broadcastsi128_si256(load16(BIASED.as_ptr()))
+}
+
+/// A 4-bit type of bitsandbytes: 32 weights of a row are a block of [`Small`].
+pub(super) trait FourBit {
+    /// The values as codes of Q8_0, with 128 added.
+    const BIASED: [u8; 16];
 }
 
 pub(super) struct Q8_0;
@@ -127,6 +140,9 @@ pub(super) struct Q4K;
 pub(super) struct Q5K;
 pub(super) struct Q6K;
 pub(super) struct Iq4Xs;
+pub(super) struct Nf4;
+pub(super) struct Fp4;
+pub(super) struct Int8;
 
 impl Small for Q8_0 {
     const BYTES: usize = q8_0::BYTES;
@@ -187,6 +203,40 @@ impl Small for Iq4Nl {
     #[inline(always)]
     unsafe fn codes(block: *const u8) -> __m256i {
         _mm256_shuffle_epi8(iq4_values(), nibbles16(block.add(iq4::NL_QS)))
+    }
+}
+
+impl FourBit for Nf4 {
+    const BIASED: [u8; 16] = biased(&codes_of_q8_0(&NF4_VALUES));
+}
+
+impl FourBit for Fp4 {
+    const BIASED: [u8; 16] = biased(&codes_of_q8_0(&FP4_VALUES));
+}
+
+impl<F: FourBit> Small for F {
+    const BYTES: usize = 16;
+    const BIAS: u8 = 128;
+    const BESIDE: bool = true;
+    const HAS_M: bool = false;
+    #[inline(always)]
+    unsafe fn codes(block: *const u8) -> __m256i {
+        let table = _mm256_broadcastsi128_si256(load16(F::BIASED.as_ptr()));
+        // The high half of a byte comes first.
+        let both = _mm256_shuffle_epi8(table, nibbles16(block));
+        let (low, high) = (_mm256_castsi256_si128(both), _mm256_extracti128_si256::<1>(both));
+        _mm256_set_m128i(_mm_unpackhi_epi8(high, low), _mm_unpacklo_epi8(high, low))
+    }
+}
+
+impl Small for Int8 {
+    const BYTES: usize = 32;
+    const BIAS: u8 = 128;
+    const BESIDE: bool = true;
+    const HAS_M: bool = false;
+    #[inline(always)]
+    unsafe fn codes(block: *const u8) -> __m256i {
+        _mm256_xor_si256(load32(block), _mm256_set1_epi8(i8::MIN))
     }
 }
 

@@ -3,6 +3,7 @@
 mod lanes;
 mod panel;
 mod rows;
+mod scales;
 mod wide;
 
 pub(crate) use lanes::Avx512;
@@ -10,7 +11,7 @@ pub(super) use panel::{close, ends_block, scale};
 
 use super::unpack::{self, by_type};
 use crate::kernels::matmul::{INT_PANEL_TOKENS, Job, Scratch};
-use kestrel_formats::GgmlType;
+use kestrel_formats::{GgmlType, WeightType};
 
 /// Weights times int8 activations.
 ///
@@ -38,4 +39,26 @@ pub(super) unsafe fn int_rows(job: &Job<'_>, scratch: &mut Scratch) {
     use rows::{large, small};
     // SAFETY: the caller's.
     unsafe { by_type!(job.weights.ggml(), small, large, (job, scratch)) };
+}
+
+/// A matrix with scales beside its codes times the int8 activations of few tokens; false if it has another shape than
+/// this can take.
+///
+/// # Safety
+/// That of [`crate::kernels::matmul::Matmul`].
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
+pub(crate) unsafe fn beside_rows(job: &Job<'_>, scratch: &mut Scratch) -> bool {
+    if !scales::fit(job) {
+        return false;
+    }
+    // SAFETY: the caller's.
+    unsafe {
+        match job.weights.dtype {
+            WeightType::Nf4 => rows::small::<unpack::Nf4>(job, scratch),
+            WeightType::Fp4 => rows::small::<unpack::Fp4>(job, scratch),
+            WeightType::Int8 => rows::small::<unpack::Int8>(job, scratch),
+            WeightType::Ggml(ty) => unreachable!("{ty} has its scales in its blocks"),
+        }
+    }
+    true
 }

@@ -11,6 +11,7 @@
 
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for the instruction set and for `Matmul`'s contract alone
 
+use super::scales;
 use super::wide::{Four, Head, Wide, X};
 use crate::kernels::matmul::{INT_PANEL_TOKENS, Job, Scratch};
 use crate::kernels::memory::LANES;
@@ -170,12 +171,12 @@ impl<F: Four> Few for Small<F> {
         let (p, n_blocks) = (job.weights.row(row).as_ptr(), job.weights.cols / 32);
         let tokens = each!([self.tokens[0]; T], i => self.tokens[t + i]);
         let mut sums = [SmallSums { products: _mm512_setzero_ps(), offsets: _mm_setzero_ps() }; T];
-        let whole = n_blocks / FOUR * FOUR;
-        for b in (0..whole).step_by(FOUR) {
-            small_blocks::<F, T>(p.add(b * F::BYTES), &tokens, b, FOUR, &mut sums);
-        }
-        if whole < n_blocks {
-            small_blocks::<F, T>(p.add(whole * F::BYTES), &tokens, whole, n_blocks - whole, &mut sums);
+        for b in (0..n_blocks).step_by(LANES) {
+            let n = LANES.min(n_blocks - b);
+            match F::BESIDE {
+                true => beside_blocks::<F, T>(job, row, &tokens, b, n, &mut sums),
+                false => small_blocks::<F, T>(p.add(b * F::BYTES), &tokens, b, n, &mut sums),
+            }
         }
         for i in 0..T {
             out[i][r] = sum_four(fold(sums[i].products));
@@ -200,7 +201,14 @@ unsafe fn f16_four<F: Four>(p: &[*const u8; FOUR], at: usize, n: usize) -> __m12
     super::wide::f16_four(p, at)
 }
 
-/// Blocks `b..b + n`, the first of them at `p`.
+/// Four numbers, each in four lanes.
+#[inline(always)]
+unsafe fn spread_four(x: __m128) -> __m512 {
+    let quarters = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    _mm512_permutexvar_ps(quarters, _mm512_castps128_ps512(x))
+}
+
+/// Blocks `b..b + n`, at most 16, the first of them at `p`.
 #[inline(always)]
 unsafe fn small_blocks<F: Four, const T: usize>(
     p: *const u8,
@@ -209,29 +217,63 @@ unsafe fn small_blocks<F: Four, const T: usize>(
     n: usize,
     sums: &mut [SmallSums; T],
 ) {
-    fetch_ahead(p, FOUR * F::BYTES, 0, 1);
-    let p = four_blocks(p, F::BYTES, n);
-    let d = f16_four::<F>(&p, 0, n);
-    let codes = F::four(&p);
-    let quarters = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    for i in 0..T {
-        let scales = _mm_maskz_loadu_ps(mask_of(n), x[i].scales.add(b));
-        let factors = _mm512_permutexvar_ps(quarters, _mm512_castps128_ps512(_mm_mul_ps(d, scales)));
-        let start = match F::BIAS {
-            0 => _mm512_setzero_si512(),
-            _ => _mm512_loadu_si512(x[i].extra.add(16 * b).cast()),
-        };
-        let dot = _mm512_dpbusd_epi32(start, codes[0], _mm512_loadu_si512(x[i].codes.add(32 * b).cast()));
-        let dot = _mm512_dpbusd_epi32(dot, codes[1], _mm512_loadu_si512(x[i].codes.add(32 * b + 64).cast()));
-        sums[i].products = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), factors, sums[i].products);
-    }
-    if F::HAS_M {
-        let m = f16_four::<F>(&p, 2, n);
+    for j in (0..n).step_by(FOUR) {
+        let (p, b, n) = (p.add(j * F::BYTES), b + j, FOUR.min(n - j));
+        fetch_ahead(p, FOUR * F::BYTES, 0, 1);
+        let p = four_blocks(p, F::BYTES, n);
+        let d = f16_four::<F>(&p, 0, n);
+        let codes = F::four(&p);
         for i in 0..T {
-            let terms = _mm_loadu_ps(x[i].sums.add(4 * b).cast());
-            sums[i].offsets = _mm_fmadd_ps(m, terms, sums[i].offsets);
+            let scales = _mm_maskz_loadu_ps(mask_of(n), x[i].scales.add(b));
+            add_four::<F>(codes, spread_four(_mm_mul_ps(d, scales)), &x[i], b, &mut sums[i]);
+        }
+        if F::HAS_M {
+            let m = f16_four::<F>(&p, 2, n);
+            for i in 0..T {
+                let terms = _mm_loadu_ps(x[i].sums.add(4 * b).cast());
+                sums[i].offsets = _mm_fmadd_ps(m, terms, sums[i].offsets);
+            }
         }
     }
+}
+
+/// The same of a row whose scales lie beside it; `n` is a multiple of 4.
+#[inline(always)]
+unsafe fn beside_blocks<F: Four, const T: usize>(
+    job: &Job<'_>,
+    row: usize,
+    x: &[Token; T],
+    b: usize,
+    n: usize,
+    sums: &mut [SmallSums; T],
+) {
+    let p = job.weights.row(row).as_ptr().add(b * F::BYTES);
+    let d = scales::sixteen(&job.weights, row, b, n);
+    let mask = ((1u32 << n) - 1) as __mmask16;
+    let factors = each!([d; T], i => _mm512_mul_ps(d, _mm512_maskz_loadu_ps(mask, x[i].scales.add(b))));
+    for j in (0..n).step_by(FOUR) {
+        let p = p.add(j * F::BYTES);
+        fetch_ahead(p, FOUR * F::BYTES, 0, 1);
+        let codes = F::four(&four_blocks(p, F::BYTES, FOUR));
+        let quarters = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+        let which = _mm512_add_epi32(quarters, _mm512_set1_epi32(j as i32));
+        for i in 0..T {
+            let factors = _mm512_permutexvar_ps(which, factors[i]);
+            add_four::<F>(codes, factors, &x[i], b + j, &mut sums[i]);
+        }
+    }
+}
+
+/// Adds the products of four blocks, the first of them the `b`-th, times `factors`.
+#[inline(always)]
+unsafe fn add_four<F: Four>(codes: [__m512i; 2], factors: __m512, x: &Token, b: usize, sums: &mut SmallSums) {
+    let start = match F::BIAS {
+        0 => _mm512_setzero_si512(),
+        _ => _mm512_loadu_si512(x.extra.add(16 * b).cast()),
+    };
+    let dot = _mm512_dpbusd_epi32(start, codes[0], _mm512_loadu_si512(x.codes.add(32 * b).cast()));
+    let dot = _mm512_dpbusd_epi32(dot, codes[1], _mm512_loadu_si512(x.codes.add(32 * b + 64).cast()));
+    sums.products = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), factors, sums.products);
 }
 
 /// Rows of blocks of 256, `R` at a time: one, or four rows of one block each.

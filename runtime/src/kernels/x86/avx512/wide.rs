@@ -5,7 +5,7 @@
 
 use crate::kernels::blocks::{Order, order};
 use crate::kernels::x86::unpack::{
-    self, Iq4Nl, Iq4Xs, Large, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0, Small,
+    self, FourBit, Int8, Iq4Nl, Iq4Xs, Large, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0, Small,
 };
 use kestrel_formats::GgmlType;
 use kestrel_quant::codec::{iq4, q2_k, q3_k, q4, q4_k, q5, q5_k, q6_k, q8_0};
@@ -203,6 +203,24 @@ impl Four for Iq4Nl {
         let values = _mm512_broadcast_i64x4(unpack::iq4_values());
         let codes = nibbles(gather16(p, iq4::NL_QS));
         each!([values; 2], h => _mm512_shuffle_epi8(values, codes[h]))
+    }
+}
+
+impl<F: FourBit> Four for F {
+    #[inline(always)]
+    unsafe fn four(p: &[*const u8; 4]) -> [__m512i; 2] {
+        let table = _mm512_broadcast_i32x4(_mm_loadu_si128(F::BIASED.as_ptr().cast()));
+        // Such blocks lie together. The high half of a byte comes first.
+        let [low, high] = nibbles(_mm512_loadu_si512(p[0].cast()));
+        let (first, second) = (_mm512_shuffle_epi8(table, high), _mm512_shuffle_epi8(table, low));
+        [_mm512_unpacklo_epi8(first, second), _mm512_unpackhi_epi8(first, second)]
+    }
+}
+
+impl Four for Int8 {
+    #[inline(always)]
+    unsafe fn four(p: &[*const u8; 4]) -> [__m512i; 2] {
+        each!([bytes(0x80); 2], h => _mm512_xor_si512(gather16(p, 16 * h), bytes(0x80)))
     }
 }
 
