@@ -22,12 +22,13 @@ use kestrel_quant::codec::{bnb8, f16_bits, q8_0};
 const STEP: usize = 2 * LANES;
 
 /// Whether a matrix with these scales, the largest of them `largest`, may be multiplied as Q8_0: blocks do not split a
-/// block of 32, and the largest scale is a normal f16, so that rounding it costs 2^-11 at most.
+/// block of 32, and the largest scale is at least a quarter of a normal f16, so that rounding it costs 2^-9 at most and
+/// a smaller one no more of it.
 pub(crate) fn multiplies_as_q8_0(cols: usize, blocksize: usize, largest: f32) -> bool {
     let d = largest * bnb8::INVERSE_127;
     cols.is_multiple_of(q8_0::LEN)
         && blocksize.is_multiple_of(q8_0::LEN)
-        && (half::f16::MIN_POSITIVE.to_f32()..=half::f16::MAX.to_f32()).contains(&d)
+        && (half::f16::MIN_POSITIVE.to_f32() / 4.0..=half::f16::MAX.to_f32()).contains(&d)
 }
 
 /// Bytes of scratch that a product with `cols` columns needs.
