@@ -19,7 +19,9 @@ use crate::kernels::x86::few::{FOUR, Few, TOKENS, fetch_ahead, four_blocks, walk
 use crate::kernels::x86::sums::{fold_eight, sum_four};
 use std::arch::asm;
 use std::arch::x86_64::*;
+use std::hint::black_box;
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
 pub(super) unsafe fn small<F: Four>(job: &Job<'_>, scratch: &mut Scratch) {
@@ -308,15 +310,30 @@ impl<F: Wide, const R: usize> Few for Large<F, R> {
         let (p, n_blocks) = (job.weights.row(row).as_ptr(), job.weights.cols / 256);
         let tokens = each!([self.tokens[0]; T], i => self.tokens[t + i]);
         let mut sums = LargeSums { products: [[zero; R]; T], mins: [[zero; 2]; T] };
+        let mut room = [const { MaybeUninit::<Prepared<T>>::uninit() }; 2];
+        let prepared = black_box(room.as_mut_ptr()).cast::<Prepared<T>>();
         if R == FOUR {
-            large_blocks::<F, T, R>(p, &tokens, 0, (job.rows.end - row).min(FOUR), &mut sums);
+            let n = (job.rows.end - row).min(FOUR);
+            prepare::<F, T, R>(p, &tokens, 0, n, prepared);
+            multiply::<F, T, R>(p, &tokens, 0, n, prepared, &mut sums);
         } else {
-            let whole = n_blocks / FOUR * FOUR;
-            for b in (0..whole).step_by(FOUR) {
-                large_blocks::<F, T, R>(p.add(b * F::BYTES), &tokens, b, FOUR, &mut sums);
+            // With several tokens, whose products are what takes the time, four blocks are prepared before those that come
+            // first are multiplied. One token waits for memory, which is read fastest front to back.
+            let ahead = if T == 1 { 0 } else { FOUR };
+            if ahead > 0 {
+                prepare::<F, T, R>(p, &tokens, 0, n_blocks.min(FOUR), prepared);
             }
-            if whole < n_blocks {
-                large_blocks::<F, T, R>(p.add(whole * F::BYTES), &tokens, whole, n_blocks - whole, &mut sums);
+            for b in (0..n_blocks).step_by(FOUR) {
+                let next = b + ahead;
+                if next < n_blocks {
+                    let to = prepared.add(next / FOUR % 2);
+                    prepare::<F, T, R>(p.add(next * F::BYTES), &tokens, next, (n_blocks - next).min(FOUR), to);
+                }
+                let (p, n, prepared) = (p.add(b * F::BYTES), n_blocks - b, prepared.add(b / FOUR % 2));
+                match n < FOUR {
+                    false => multiply::<F, T, R>(p, &tokens, b, FOUR, prepared, &mut sums),
+                    true => multiply::<F, T, R>(p, &tokens, b, n, prepared, &mut sums),
+                }
             }
         }
         for i in 0..T {
@@ -346,38 +363,73 @@ unsafe fn mins_of<F: Wide, const R: usize>(mins: &[__m512; 2], j: usize) -> __m1
     }
 }
 
-/// `n` blocks, the first of them at `p`: `b..b + n` of a row, or the first of as many rows.
+/// What four blocks have once, with the scales of `T` tokens. It is in memory, where a later instruction can spread a
+/// part of it as it loads it, which from a register takes another.
+struct Prepared<const T: usize> {
+    /// Of the sub-blocks, block after block.
+    scales: [[i16; 32]; 2],
+    mins: [[i16; 32]; 2],
+    /// Scales of blocks and activations multiplied.
+    d: [[f32; FOUR]; T],
+    dmin: [[f32; FOUR]; T],
+}
+
+/// Prepares `n` blocks, the first of them at `p`: `b..b + n` of a row, or the first of as many rows.
 #[inline(always)]
-unsafe fn large_blocks<F: Wide, const T: usize, const R: usize>(
+unsafe fn prepare<F: Wide, const T: usize, const R: usize>(
     p: *const u8,
     x: &[Token; T],
     b: usize,
     n: usize,
+    to: *mut Prepared<T>,
+) {
+    let Head { scales, mins, d, dmin } = F::head(&four_blocks(p, F::BYTES, n));
+    for h in 0..32 / F::SUB {
+        _mm512_storeu_si512((&raw mut (*to).scales[h]).cast(), scales[h]);
+        if F::HAS_MINS {
+            _mm512_storeu_si512((&raw mut (*to).mins[h]).cast(), mins[h]);
+        }
+    }
+    for i in 0..T {
+        let x_scales = match R {
+            1 => _mm_maskz_loadu_ps(mask_of(n), x[i].scales.add(b)),
+            _ => _mm_set1_ps(*x[i].scales),
+        };
+        _mm_storeu_ps((&raw mut (*to).d[i]).cast(), _mm_mul_ps(d, x_scales));
+        if F::HAS_MINS {
+            _mm_storeu_ps((&raw mut (*to).dmin[i]).cast(), _mm_mul_ps(dmin, x_scales));
+        }
+    }
+}
+
+/// Adds the products of blocks that were prepared; see [`prepare`].
+#[inline(always)]
+unsafe fn multiply<F: Wide, const T: usize, const R: usize>(
+    p: *const u8,
+    x: &[Token; T],
+    b: usize,
+    n: usize,
+    prepared: *const Prepared<T>,
     sums: &mut LargeSums<T, R>,
 ) {
     let p = four_blocks(p, F::BYTES, n);
-    let Head { scales, mins, d, dmin } = F::head(&p);
-    let x_scales = each!([d; T], i => match R {
-        1 => _mm_maskz_loadu_ps(mask_of(n), x[i].scales.add(b)),
-        _ => _mm_set1_ps(*x[i].scales),
-    });
-    let factors = in_memory(each!([d; T], i => _mm_mul_ps(d, x_scales[i])));
     // One after the other by hand: as a loop it would not be unrolled, and look everything up by number.
-    large_block::<F, T, R, 0>(&p, x, b, n, &scales, &factors, sums);
-    large_block::<F, T, R, 1>(&p, x, b, n, &scales, &factors, sums);
-    large_block::<F, T, R, 2>(&p, x, b, n, &scales, &factors, sums);
-    large_block::<F, T, R, 3>(&p, x, b, n, &scales, &factors, sums);
+    large_block::<F, T, R, 0>(&p, x, b, n, prepared, sums);
+    large_block::<F, T, R, 1>(&p, x, b, n, prepared, sums);
+    large_block::<F, T, R, 2>(&p, x, b, n, prepared, sums);
+    large_block::<F, T, R, 3>(&p, x, b, n, prepared, sums);
     if F::HAS_MINS {
         for i in 0..T {
-            let factors = _mm512_castps128_ps512(_mm_mul_ps(dmin, x_scales[i]));
+            let dmin = _mm512_castps128_ps512(_mm_loadu_ps((&raw const (*prepared).dmin[i]).cast()));
             for h in 0..32 / F::SUB {
                 let x_sums = match (R, F::SUB) {
                     (1, _) => _mm512_loadu_si512(x[i].sums.add(b * 512 / F::SUB + 64 * h).cast()),
                     (_, 32) => _mm512_broadcast_i32x4(_mm_loadu_si128(x[i].sums.cast())),
                     _ => _mm512_broadcast_i64x4(_mm256_loadu_si256(x[i].sums.cast())),
                 };
-                let dots = _mm512_cvtepi32_ps(_mm512_madd_epi16(mins[h], x_sums));
-                let factors = _mm512_permutexvar_ps(mins_blocks::<F>(h), factors);
+                let mins = _mm512_loadu_si512((&raw const (*prepared).mins[h]).cast());
+                let dots = _mm512_cvtepi32_ps(_mm512_madd_epi16(mins, x_sums));
+                let factors = _mm512_permutexvar_ps(mins_blocks::<F>(h), dmin);
                 let sum = &mut sums.mins[i][if R == 1 { 0 } else { h }];
                 *sum = _mm512_fmadd_ps(dots, factors, *sum);
             }
@@ -387,14 +439,12 @@ unsafe fn large_blocks<F: Wide, const T: usize, const R: usize>(
 
 /// Block `J` of four, if it is one of the `n` that exist.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)] // what `large_blocks` has at hand
 unsafe fn large_block<F: Wide, const T: usize, const R: usize, const J: usize>(
     p: &[*const u8; FOUR],
     x: &[Token; T],
     b: usize,
     n: usize,
-    scales: &[__m512i; 2],
-    factors: &[[f32; FOUR]; T],
+    prepared: *const Prepared<T>,
     sums: &mut LargeSums<T, R>,
 ) {
     if J >= n {
@@ -405,7 +455,7 @@ unsafe fn large_block<F: Wide, const T: usize, const R: usize, const J: usize>(
     let mut dots = [_mm512_setzero_si512(); T];
     for v in 0..4 {
         fetch_ahead(p[0], FOUR * F::BYTES, 4 * J + v, 4 * FOUR);
-        let scale = F::spread_scales(scales, J, v);
+        let scale = F::spread_scales((&raw const (*prepared).scales).cast::<i16>().add(J * 256 / F::SUB), v);
         for i in 0..T {
             // No lane overflows: it gets 16 products of at most 63·127 times a scale of at most 128, or of
             // 127·127 times one of at most 32.
@@ -420,7 +470,7 @@ unsafe fn large_block<F: Wide, const T: usize, const R: usize, const J: usize>(
     }
     for i in 0..T {
         let sum = &mut sums.products[i][J * R / FOUR];
-        *sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[i]), _mm512_set1_ps(factors[i][J]), *sum);
+        *sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[i]), _mm512_set1_ps((*prepared).d[i][J]), *sum);
     }
 }
 
@@ -432,16 +482,6 @@ unsafe fn mins_blocks<F: Wide>(h: usize) -> __m512i {
         _ => _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1),
     };
     _mm512_add_epi32(blocks, _mm512_set1_epi32(2 * h as i32))
-}
-
-/// Numbers where a later instruction can spread one of them as it loads it, which from a register takes another.
-#[inline(always)]
-unsafe fn in_memory<const T: usize>(x: [__m128; T]) -> [[f32; FOUR]; T] {
-    let mut out = [[0.0; FOUR]; T];
-    for i in 0..T {
-        _mm_storeu_ps(out[i].as_mut_ptr(), x[i]);
-    }
-    std::hint::black_box(out)
 }
 
 /// Adds to each lane the products of two i16. The compiler would make two instructions of the intrinsic, a product and

@@ -46,8 +46,9 @@ impl Head {
 /// A type with blocks of 256.
 pub(super) trait Wide: Large {
     const ORDER: Order;
-    /// Per row and vector of codes: where the scale of each pair of codes is among those of [`Head`].
-    const SCALE_OF: [[[u16; 32]; 4]; 4] = scale_of(Self::ORDER, Self::SUB);
+    /// Per vector of codes: where each pair of codes has its scale among the eight that [`Self::spread_scales`] brings to
+    /// its 128 bits.
+    const SCALE_OF: [[u8; 64]; 4] = scale_of(Self::ORDER, Self::SUB);
 
     /// Whether [`Self::pairs`] takes more than the activations.
     const EXTRA: bool = Self::BIAS != 0;
@@ -98,28 +99,31 @@ pub(super) trait Wide: Large {
         }
     }
 
-    /// The scale of each pair of vector `v` of row `r`.
+    /// The scale of each pair of vector `v`, from those of a block where they lie in memory: loading spreads them for
+    /// nothing, and one set of places serves all blocks.
     #[inline(always)]
-    unsafe fn spread_scales(scales: &[__m512i; 2], r: usize, v: usize) -> __m512i {
-        let from = scales[r * (256 / Self::SUB) / 32];
-        _mm512_permutexvar_epi16(_mm512_loadu_si512(Self::SCALE_OF[r][v].as_ptr().cast()), from)
+    unsafe fn spread_scales(scales: *const i16, v: usize) -> __m512i {
+        let eight = |i| _mm_loadu_si128(scales.add(Self::ORDER.weight(v, i) / Self::SUB / 8 * 8).cast());
+        let places = _mm512_loadu_si512(Self::SCALE_OF[v].as_ptr().cast());
+        let lower = _mm512_broadcast_i32x4(eight(0));
+        if Self::ORDER.weight(v, 32) / Self::SUB / 8 == Self::ORDER.weight(v, 0) / Self::SUB / 8 {
+            return _mm512_shuffle_epi8(lower, places);
+        }
+        let both = _mm512_inserti64x4::<1>(lower, _mm256_broadcastsi128_si256(eight(32)));
+        _mm512_shuffle_epi8(both, places)
     }
 }
 
-const fn scale_of(order: Order, sub: usize) -> [[[u16; 32]; 4]; 4] {
-    let mut out = [[[0; 32]; 4]; 4];
-    let (mut r, n) = (0, 256 / sub);
-    while r < 4 {
-        let mut v = 0;
-        while v < 4 {
-            let mut i = 0;
-            while i < 32 {
-                out[r][v][i] = (r * n % 32 + order.weight(v, 2 * i) / sub) as u16;
-                i += 1;
-            }
-            v += 1;
-        }
-        r += 1;
+const fn scale_of(order: Order, sub: usize) -> [[u8; 64]; 4] {
+    let mut out = [[0; 64]; 4];
+    let mut i = 0;
+    while i < 256 {
+        let (v, byte) = (i / 64, i % 64);
+        let scale = order.weight(v, byte) / sub;
+        // All of a half of a vector are among the same eight.
+        assert!(scale / 8 == order.weight(v, byte / 32 * 32) / sub / 8);
+        out[v][byte] = (2 * (scale % 8) + byte % 2) as u8;
+        i += 1;
     }
     out
 }
