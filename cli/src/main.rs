@@ -8,7 +8,6 @@ mod commands;
 mod failure;
 mod files;
 mod interrupt;
-mod kl_base;
 mod model;
 mod npy;
 mod output;

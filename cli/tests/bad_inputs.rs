@@ -21,8 +21,12 @@ const HEAP_BYTES: u64 = 1 << 20;
 /// And what one may take that goes on to compute: buffers of the runtime and of the tokenizer, and what a chat template
 /// may make.
 const WORKING_HEAP_BYTES: u64 = 6 << 20;
-/// CPU time of the command that has to reject or accept. Elapsed time would measure the other tests.
-const CPU_TIME: Duration = Duration::from_millis(100);
+/// Time of the command that has to reject or accept, both elapsed and the processor's.
+const TIME: Duration = Duration::from_millis(100);
+/// How often a command that took longer is given another chance. The other tests and whatever else the machine does
+/// delay a command, or stop all of this for a while, but nothing makes it faster than it is: the quickest run counts,
+/// and a command that needs the time exceeds it every time.
+const TRIES: usize = 10;
 /// Elapsed time after which a command hangs.
 const HANGS: Duration = Duration::from_secs(30);
 /// Bytes of a sparse file that count as its size: a header is all that is read of one.
@@ -37,8 +41,9 @@ struct End {
     status: Option<i32>,
     stderr: String,
     heap_bytes: u64,
-    cpu: Duration,
-    /// Files that were not there before.
+    /// Elapsed or the processor's, whichever is more.
+    time: Duration,
+    /// Files that were not there before. They are removed.
     left: Vec<String>,
 }
 
@@ -86,6 +91,18 @@ fn arguments(action: Action, input: &Path, output: &Path) -> Vec<OsString> {
         Action::Imatrix => {
             &["quantize", "GOOD", "-o", "OUTPUT", "--type", "q8_0", "--imatrix", "INPUT", "--threads", "1"]
         }
+        Action::Calibration => &[
+            "quantize",
+            "GOOD",
+            "-o",
+            "OUTPUT",
+            "--type",
+            "q4_0",
+            "--calibration",
+            "INPUT",
+            "--threads",
+            "1",
+        ],
         Action::KlBase => &["perplexity", "GOOD", "--kl-base", "INPUT", "--threads", "1"],
         Action::Requests => &["eval", "GOOD", "--requests", "INPUT", "--threads", "1"],
         Action::Diff => &["diff", "INPUT", "INPUT", "--threads", "1"],
@@ -117,6 +134,7 @@ fn run(action: Action, input: &Path, dir: &TempDir) -> End {
     let before = names(dir.path());
     let report = TempDir::new();
     let measured = report.path().join("measured");
+    let started = Instant::now();
     let mut child = Command::new(env!("CARGO_BIN_EXE_kestrel"))
         .args(arguments(action, input, &dir.path().join("output")))
         .env_remove("KESTREL_ISA")
@@ -127,7 +145,6 @@ fn run(action: Action, input: &Path, dir: &TempDir) -> End {
         .stderr(std::fs::File::create(report.path().join("stderr")).expect("a file"))
         .spawn()
         .expect("the binary starts");
-    let started = Instant::now();
     let status = loop {
         match child.try_wait().expect("waiting") {
             Some(status) => break status,
@@ -138,22 +155,42 @@ fn run(action: Action, input: &Path, dir: &TempDir) -> End {
             None => std::thread::sleep(Duration::from_micros(500)),
         }
     };
+    let elapsed = started.elapsed();
     let text = std::fs::read_to_string(&measured).unwrap_or_default();
     let mut numbers = text.split_whitespace().map(|n| n.parse().expect("a number"));
+    let left: Vec<String> = names(dir.path()).difference(&before).cloned().collect();
+    for name in &left {
+        std::fs::remove_file(dir.path().join(name)).expect("removing an output");
+    }
     End {
         status: status.code(),
         stderr: String::from_utf8(std::fs::read(report.path().join("stderr")).expect("stderr"))
             .expect("UTF-8"),
         heap_bytes: numbers.next().unwrap_or(u64::MAX),
-        cpu: Duration::from_micros(numbers.next().unwrap_or(u64::MAX)),
-        left: names(dir.path()).difference(&before).cloned().collect(),
+        time: elapsed.max(Duration::from_micros(numbers.next().unwrap_or(0))),
+        left,
     }
+}
+
+/// The quickest of several runs if the first took longer than `limit`.
+fn run_within(limit: Duration, action: Action, input: &Path, dir: &TempDir) -> End {
+    let mut quickest = run(action, input, dir);
+    for _ in 1..TRIES {
+        if quickest.time <= limit {
+            break;
+        }
+        let again = run(action, input, dir);
+        if again.time < quickest.time {
+            quickest = again;
+        }
+    }
+    quickest
 }
 
 /// What every end must be, whatever the input: a known status, one error if it failed, and no file unless it succeeded at
 /// writing one.
 fn clean(action: Action, end: &End) -> Result<(), String> {
-    let writes = matches!(action, Action::Logits | Action::Convert | Action::Imatrix);
+    let writes = matches!(action, Action::Logits | Action::Convert | Action::Imatrix | Action::Calibration);
     match end.status {
         Some(0) if writes && end.left == ["output"] || end.left.is_empty() => Ok(()),
         Some(0) => Err(format!("succeeded and left {:?}", end.left)),
@@ -176,7 +213,7 @@ fn computes(case: &Case) -> bool {
     let accepted = matches!(case.expect, Expect::Accept | Expect::Warn(_));
     match case.action {
         Action::Inspect | Action::Diff => false,
-        Action::Tokenize | Action::Imatrix => accepted,
+        Action::Tokenize | Action::Imatrix | Action::Calibration => accepted,
         // What is wrong with a weight is found while computing with it.
         Action::Logits | Action::Convert | Action::Verify => {
             accepted
@@ -196,8 +233,8 @@ fn as_expected(case: &Case, end: &End, input_bytes: u64) -> Result<(), String> {
     if end.heap_bytes > budget {
         return Err(format!("{} bytes of heap for an input of {input_bytes}", end.heap_bytes));
     }
-    if end.cpu > CPU_TIME {
-        return Err(format!("took {:?}", end.cpu));
+    if end.time > TIME {
+        return Err(format!("took {:?}", end.time));
     }
     let error = end.error().unwrap_or_default();
     let is =
@@ -220,7 +257,7 @@ fn as_expected(case: &Case, end: &End, input_bytes: u64) -> Result<(), String> {
 fn other_actions(case: &Case) -> Vec<Action> {
     use Action::*;
     let all: &[Action] = match case.action {
-        LoadState | Imatrix | KlBase | Requests => &[],
+        LoadState | Imatrix | Calibration | KlBase | Requests => &[],
         _ => &[Inspect, Tokenize, Logits, Run, Chat, Convert, Verify, Diff],
     };
     all.iter().copied().filter(|a| *a != case.action).collect()
@@ -231,17 +268,11 @@ fn judge(case: &Case) -> Result<String, String> {
     let dir = TempDir::new();
     let path = case.make(&dir);
     let n_bytes = input_bytes(dir.path());
-    let end = run(case.action, &path, &dir);
+    let end = run_within(TIME, case.action, &path, &dir);
     as_expected(case, &end, n_bytes)?;
-    for left in &end.left {
-        std::fs::remove_file(dir.path().join(left)).expect("removing an output");
-    }
     for action in other_actions(case) {
-        let end = run(action, &path, &dir);
+        let end = run_within(HANGS, action, &path, &dir);
         clean(action, &end).map_err(|problem| format!("{action:?}: {problem}"))?;
-        for left in &end.left {
-            std::fs::remove_file(dir.path().join(left)).expect("removing an output");
-        }
     }
     let error = end.error().unwrap_or_default();
     let kind = error["kind"].as_str().unwrap_or("-");

@@ -4,12 +4,11 @@ use crate::stream::read_at;
 use kestrel_formats::arch::{self, HyperParams, Role, TensorSpec, Transform};
 use kestrel_formats::checkpoint::{self, Checkpoint, QuantState};
 use kestrel_formats::gguf::{self, Gguf};
-use kestrel_formats::map::open_regular;
+use kestrel_formats::map::{Stamp, open_regular};
 use kestrel_formats::{Error, ErrorKind, GgmlType, Result, WeightType};
 use kestrel_quant::codec::scales::{Absmax, Scales};
 use std::fs::File;
 use std::ops::Range;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// `kestrel.*` key of the factor that `ssm_x.weight` was multiplied with, as
@@ -70,24 +69,10 @@ pub(crate) struct InputFile {
     stamp: Stamp,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Stamp {
-    device: u64,
-    inode: u64,
-    n_bytes: u64,
-    modified_ns: i128,
-}
-
 impl InputFile {
     pub(crate) fn new(path: &Path) -> Result<Self> {
         let meta = std::fs::metadata(path).map_err(|e| Error::io(path, "opening the file", e))?;
-        let stamp = Stamp {
-            device: meta.dev(),
-            inode: meta.ino(),
-            n_bytes: meta.size(),
-            modified_ns: i128::from(meta.mtime()) * 1_000_000_000 + i128::from(meta.mtime_nsec()),
-        };
-        Ok(Self { path: path.to_owned(), stamp })
+        Ok(Self { path: path.to_owned(), stamp: Stamp::of(&meta) })
     }
 
     pub(crate) fn n_bytes(&self) -> u64 {

@@ -62,13 +62,15 @@ pub struct Calibration {
 
 impl Calibration {
     /// Opens a file. Errors: whatever is wrong with the container, `Unexpected` for a GGUF file of another kind,
-    /// `BadShape` and `WrongType` for tensors that are not as the table above says, `Missing` for one that lacks.
+    /// `BadShape` and `WrongType` for tensors that are not as the table above says, `Missing` for one that lacks,
+    /// `NotFinite` and `OutOfRange` for divergences that cannot be. Products are too many to be looked at here.
     pub fn open(path: &Path) -> Result<Self> {
         let file = Gguf::open(path)?;
         Self::of(file).map_err(|e| e.file(path))
     }
 
-    fn of(file: Gguf) -> Result<Self> {
+    /// As [`Self::open`], for a container that is open.
+    pub fn of(file: Gguf) -> Result<Self> {
         let kind = file.metadata().str(TYPE)?;
         if kind != Some("calibration") {
             return Err(Error::new(ErrorKind::Unexpected)
@@ -110,7 +112,21 @@ impl Calibration {
                     .found(format!("{:?}", info.shape)));
             }
         }
-        Ok(Self { file, types })
+        let out = Self { file, types };
+        for info in out.file.tensors().iter().filter(|t| t.name.ends_with(KL)) {
+            if let Some(x) =
+                out.floats(&info.name, "").and_then(|kl| kl.iter().find(|x| x.is_nan() || **x < 0.0))
+            {
+                let kind = if x.is_nan() { ErrorKind::NotFinite } else { ErrorKind::OutOfRange };
+                let what = format!("tensor \"{}\"", info.name);
+                return Err(Error::new(kind)
+                    .at(info.offset)
+                    .what(what)
+                    .expected("no negative ones")
+                    .found(x));
+            }
+        }
+        Ok(out)
     }
 
     /// The file.

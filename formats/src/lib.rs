@@ -16,6 +16,7 @@ pub mod ggml_type;
 pub mod gguf;
 pub mod imatrix;
 mod json;
+pub mod kl_base;
 pub mod limits;
 #[allow(unsafe_code)] // the map, and the handler of its faults
 pub mod map;

@@ -6,7 +6,7 @@
 //! and end the process.
 
 use crate::{Error, ErrorKind, Result};
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::ops::Deref;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -33,7 +33,7 @@ impl Map {
     /// Maps `path`. Folders, pipes, devices and sockets are refused; an empty file is an empty map.
     pub fn open(path: &Path) -> Result<Self> {
         let file = open_regular(path)?;
-        let stamp = Stamp::of(&file, path)?;
+        let stamp = stamp_of(&file, path)?;
         // SAFETY: the map is private and read-only. Its bytes are only ever read as bytes (any value is valid), so
         // another process that writes to the file can change results but not memory safety. Truncation by another
         // process raises SIGBUS, which stops the process, with a message if `exit_on_fault` was called.
@@ -60,7 +60,7 @@ impl Map {
     /// tell. One system call.
     pub fn check_unmodified(&self) -> Result<()> {
         let Bytes::File { file, stamp, .. } = &self.0.bytes else { return Ok(()) };
-        match Stamp::of(file, self.path())? == *stamp {
+        match stamp_of(file, self.path())? == *stamp {
             true => Ok(()),
             false => Err(changed(self.path()).found("one that was written to meanwhile")),
         }
@@ -73,7 +73,7 @@ impl Map {
         let Bytes::File { stamp, .. } = &self.0.bytes else { return Ok(()) };
         let error = |found: &str| Err(changed(self.path()).found(found));
         match std::fs::metadata(self.path()) {
-            Ok(now) if (now.dev(), now.ino()) != (stamp.device, stamp.inode) => {
+            Ok(now) if !Stamp::of(&now).is_same_file(stamp) => {
                 error("another file in its place; what was read is the old one's")
             }
             _ => Ok(()),
@@ -113,25 +113,34 @@ impl Drop for Inner {
     }
 }
 
-/// What tells whether a file is still the same.
+/// What tells whether a file is still the same: equal unless it was replaced or written to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Stamp {
+pub struct Stamp {
     device: u64,
     inode: u64,
-    n_bytes: u64,
+    /// Bytes of the file.
+    pub n_bytes: u64,
     modified: (i64, i64),
 }
 
 impl Stamp {
-    fn of(file: &File, path: &Path) -> Result<Self> {
-        let meta = file.metadata().map_err(|e| Error::io(path, "reading the file's size", e))?;
-        Ok(Self {
+    /// That of a file with this metadata.
+    pub fn of(meta: &Metadata) -> Self {
+        Self {
             device: meta.dev(),
             inode: meta.ino(),
             n_bytes: meta.size(),
             modified: (meta.mtime(), meta.mtime_nsec()),
-        })
+        }
     }
+
+    fn is_same_file(&self, other: &Self) -> bool {
+        (self.device, self.inode) == (other.device, other.inode)
+    }
+}
+
+fn stamp_of(file: &File, path: &Path) -> Result<Stamp> {
+    file.metadata().map(|meta| Stamp::of(&meta)).map_err(|e| Error::io(path, "reading the file's size", e))
 }
 
 /// A map as the signal handler sees it. It is in use from the store of `end` to that of zero there.

@@ -4,6 +4,8 @@
 //! numbers and ours can be compared: the text is cut into windows of `n_ctx` tokens that do not overlap, a rest at the
 //! end is dropped, each window starts from an empty state, and of each only the second half is scored. All sums are f64.
 
+pub use kestrel_formats::kl_base::scored;
+
 use std::ops::Range;
 
 /// The windows of a text of `n_tokens`, as ranges of its tokens. Empty if the text is shorter than one window or
@@ -11,11 +13,6 @@ use std::ops::Range;
 pub fn windows(n_tokens: usize, n_ctx: usize) -> impl Iterator<Item = Range<usize>> + Clone {
     let n_windows = n_tokens.checked_div(n_ctx).unwrap_or(0);
     (0..n_windows).map(move |i| i * n_ctx..(i + 1) * n_ctx)
-}
-
-/// Positions of a window whose logits are scored, each against the token after it: the second half without the last.
-pub fn scored(n_ctx: usize) -> Range<usize> {
-    n_ctx / 2..n_ctx.saturating_sub(1)
 }
 
 /// ln of the softmax: `out[i] = logits[i] - ln(sum_j exp(logits[j]))`, in f64 and safe for large logits.
@@ -215,13 +212,6 @@ mod tests {
         assert_eq!(windows(1030, 512).collect::<Vec<_>>(), [0..512, 512..1024]);
         assert_eq!(windows(511, 512).count(), 0);
         assert_eq!(windows(10, 0).count(), 0);
-    }
-
-    #[test]
-    fn the_second_half_is_scored_without_its_last_token() {
-        assert_eq!(scored(512), 256..511);
-        assert_eq!(scored(512).len(), 255);
-        assert!(scored(0).is_empty());
     }
 
     #[test]

@@ -25,9 +25,11 @@ CONTAINER = ("llama_cpp", "container", "holes", "paths")
 MODEL = ("llama_cpp", "container", "split", "model", "GGUF_tokenizer", "weights", "template")
 WITH_VOCABULARY = ("GGUF_tokenizer", "template")  # a server, which loads no model without one
 SAFETENSORS = ("safetensors",)
-
+BITSANDBYTES = ("bitsandbytes",)
+IN_FOLDERS = SAFETENSORS + BITSANDBYTES  # of which model.safetensors is one file
 
 os.environ["GGML_NO_BACKTRACE"] = "1"  # or every abort starts a debugger
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def limit():
@@ -76,8 +78,7 @@ def command(*words):
 
 
 def wait(pid) -> str:
-    start = time.monotonic()
-    while time.monotonic() - start < WALL_SECONDS:
+    for _ in range(WALL_SECONDS * 1000):  # not by the clock, which goes on while all of this is stopped
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             return ended(status)
@@ -98,6 +99,15 @@ def safetensors_py(path):
     with safetensors.safe_open(path, framework="numpy") as f:
         for name in f.keys():
             f.get_slice(name).get_shape()
+
+
+def transformers_bitsandbytes(path):
+    import torch
+    import transformers
+    torch.set_num_threads(1)
+    model = transformers.AutoModelForCausalLM.from_pretrained(os.path.dirname(path), device_map="cpu")
+    with torch.no_grad():
+        model(torch.tensor([[1, 2]]))
 
 
 def llama_cpp_python(path):
@@ -139,6 +149,9 @@ READERS = [
     ("kestrel, safetensors", SAFETENSORS, command(KESTREL, "inspect", "FOLDER")),
     *[("safetensors (Python)", SAFETENSORS, in_child(r)) for r in optional("safetensors", safetensors_py)],
     ("safetensors (crate)", SAFETENSORS, command(RUST_READERS, "safetensors", "FILE")),
+    ("kestrel, bitsandbytes", BITSANDBYTES, command(KESTREL, "logits", "FOLDER", "--tokens", "1,2", "-o", "SCRATCH")),
+    *[("transformers + bitsandbytes", BITSANDBYTES, in_child(r))
+      for r in optional("bitsandbytes", transformers_bitsandbytes)],
 ]
 
 
@@ -149,7 +162,7 @@ def cases(groups):
         expected, group, _ = folder.name.split(".")
         if group not in groups:
             continue
-        names = ["model.safetensors"] if group == "safetensors" else ["m-00001-of-00002.gguf", "case.gguf", "sparse.gguf"]
+        names = ["model.safetensors"] if group in IN_FOLDERS else ["m-00001-of-00002.gguf", "case.gguf", "sparse.gguf"]
         for name in names:
             if (folder / name).is_file():
                 yield expected.split("-")[0], folder / name

@@ -98,6 +98,8 @@ fn seed(dir: &Path, case: &Case) -> Result<(), Box<dyn Error>> {
             put(dir, "checkpoint_folder", &case.name, &parts.map(read).join(&[0xff, 0xfe][..]))?;
         }
         (_, Action::LoadState) => put(dir, "state_file", &case.name, &fs::read(&path)?)?,
+        (_, Action::Calibration) => put(dir, "calibration", &case.name, &fs::read(&path)?)?,
+        (_, Action::KlBase) => put(dir, "kl_base", &case.name, &fs::read(&path)?)?,
         (_, Action::Imatrix) => put(dir, "imatrix", &case.name, &fs::read(&path)?)?,
         ("template", _) => {
             let file = kestrel_formats::gguf::Gguf::open(&path)?;

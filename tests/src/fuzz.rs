@@ -2,7 +2,7 @@
 //! is said beside it. They are here so that the ordinary tests replay the corpora on a stable compiler.
 
 use crate::alloc_count::peak_during;
-use crate::bad_input::{SMALL, with_vocabulary};
+use crate::bad_input::{self, SMALL, wide_model, with_vocabulary};
 use crate::bnb_builder::{self, Kind, MATRIX};
 use crate::checkpoint_builder::{CheckpointBuilder, safetensors};
 use crate::gguf_builder::{GgufBuilder, Raw, RawTensor};
@@ -10,14 +10,20 @@ use crate::load_reference::dequantized;
 use crate::safetensors::{Stored, Tensors, to_bytes};
 use crate::temp_dir::TempDir;
 use arbitrary::Unstructured;
+use kestrel_convert::{Options, Source, plan};
+use kestrel_formats::calibration::Calibration;
 use kestrel_formats::checkpoint::{Checkpoint, safetensors_tensors};
 use kestrel_formats::gguf::{Gguf, TensorDecl, layout};
 use kestrel_formats::imatrix::Imatrix;
+use kestrel_formats::kl_base::{KlBase, Prediction};
 use kestrel_formats::map::Map;
 use kestrel_formats::tokenizer::TokenizerData;
 use kestrel_formats::{GgmlType, Result};
 use kestrel_quant::codec;
+use kestrel_quant::feedback::Feedback;
+use kestrel_quant::recipe::{FileType, Recipe};
 use kestrel_runtime::chat::{Conversation, Message, render};
+use kestrel_runtime::evaluate::{Divergence, log_softmax};
 use kestrel_runtime::kernels::{ActKind, Acts, Compute, Isa, MatrixRef, Then};
 use kestrel_runtime::state::StateShape;
 use kestrel_runtime::tokenizer::Tokenizer;
@@ -31,7 +37,7 @@ use std::path::Path;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub const TARGETS: [Target; 14] = [
+pub const TARGETS: [Target; 16] = [
     ("gguf_container", gguf_container),
     ("gguf_struct", gguf_struct),
     ("gguf_model", gguf_model),
@@ -43,6 +49,8 @@ pub const TARGETS: [Target; 14] = [
     ("chat_template", chat_template),
     ("state_file", state_file),
     ("imatrix", imatrix),
+    ("calibration", calibration),
+    ("kl_base", kl_base),
     ("dequant", dequant),
     ("activations", activations),
     ("quantize", quantize),
@@ -123,7 +131,7 @@ pub fn gguf_model(bytes: &[u8]) {
 /// A sound model with some fields changed, so that what lies behind the header is reached.
 pub fn gguf_struct(bytes: &[u8]) {
     let mut input = Unstructured::new(bytes);
-    if let Ok(file) = mutated(&mut input) {
+    if let Ok(file) = mutated(with_vocabulary(), &mut input) {
         let bytes = file.bytes();
         gguf_container(&bytes);
         load_and_run(&bytes);
@@ -158,8 +166,8 @@ fn value(input: &mut Unstructured) -> arbitrary::Result<Raw> {
     })
 }
 
-fn mutated(input: &mut Unstructured) -> arbitrary::Result<GgufBuilder> {
-    let mut file = with_vocabulary();
+/// `file` after up to three changes.
+fn mutated(mut file: GgufBuilder, input: &mut Unstructured) -> arbitrary::Result<GgufBuilder> {
     for _ in 0..input.int_in_range(1..=3)? {
         let (n_pairs, n_tensors) = (file.pairs.len(), file.tensors.len());
         if n_pairs == 0 || n_tensors == 0 {
@@ -504,6 +512,80 @@ pub fn imatrix(bytes: &[u8]) {
         let values = matrix.for_tensor("blk.0.ssm_in.weight").unwrap_or_default();
         assert!(values.iter().all(|x| x.is_finite() && *x >= 0.0));
     });
+}
+
+/// A calibration, or changes to a sound one. Divergences of what is accepted are not negative, products come in whole
+/// groups, rounding by them gives finite weights, and a plan for a size keeps to it.
+pub fn calibration(bytes: &[u8]) {
+    let file = match bytes.starts_with(b"GGUF") {
+        true => bytes.to_vec(),
+        false => match mutated(bad_input::calibration(), &mut Unstructured::new(bytes)) {
+            Ok(file) => file.bytes(),
+            Err(_) => return,
+        },
+    };
+    let Ok(calibration) = parse(&file).and_then(Calibration::of) else { return };
+    for name in calibration.matrices() {
+        let all = calibration.divergence(name).expect("a listed matrix has one");
+        assert!(all.into_iter().all(|(_, kl)| kl >= 0.0 && kl.is_finite()), "{name}");
+    }
+    let names = calibration.matrices().chain(["blk.0.ssm_in.weight"]);
+    for (products, group) in names.filter_map(|name| calibration.products(name)) {
+        assert!(products.len().is_multiple_of(group * group), "{group} of {}", products.len());
+        let Some(feedback) = Feedback::new(products, group) else { continue };
+        let row: Vec<f32> = (0..feedback.cols()).map(|i| (i % 13) as f32 - 6.0).collect();
+        for ty in GgmlType::all().filter(|ty| feedback.takes(*ty) && !row.is_empty()) {
+            let mut stored = vec![0; ty.bytes_for(row.len() as u64).expect("whole blocks") as usize];
+            feedback.quantize_with(kestrel_quant::isa::Isa::best(), ty, &row, &mut stored);
+            let mut back = vec![0.0; row.len()];
+            codec(ty).dequantize(&stored, &mut back);
+            assert!(back.iter().all(|x| x.is_finite()), "{ty}: {back:?}");
+        }
+    }
+    in_folder(|dir| {
+        let model = dir.path().join("wide.gguf");
+        if !model.exists() {
+            dir.file("wide.gguf", &wide_model().bytes());
+        }
+        let source = Source::open(&model).expect("a sound model");
+        let most = 16_000 + u64::from(file.last().copied().unwrap_or(0)) * 64;
+        let options = Options {
+            calibration: Some(calibration),
+            target: Some(kestrel_convert::Target::Bytes(most)),
+            ..Options::new(Recipe::new(FileType::Q4_0, &[]).expect("a file type"))
+        };
+        if let Ok(plan) = plan(&source, &options) {
+            assert!(plan.file_bytes <= most, "{} bytes", plan.file_bytes);
+        }
+    });
+}
+
+/// A base model's predictions. What is accepted are probabilities, and a divergence from them is a number.
+pub fn kl_base(bytes: &[u8]) {
+    const VOCAB: usize = 16;
+    let map = Map::from_bytes(name(), bytes.to_vec());
+    let (outcome, peak) = peak_during(|| KlBase::parse(map, VOCAB));
+    assert!(peak <= (1 << 20) + 2 * bytes.len(), "{peak} bytes of heap for {}", bytes.len());
+    let Ok(base) = outcome else { return };
+    assert!(base.tokens().iter().all(|&t| (t as usize) < VOCAB));
+    let (mut divergence, mut n) = (Divergence::default(), 0);
+    for i in 0..base.n_scored() as usize {
+        let next = (i % VOCAB) as u32;
+        let log_probs = match base.prediction(i, next) {
+            Ok(Prediction::LogProbs(log_probs)) => log_probs,
+            Ok(Prediction::Logits(logits)) => {
+                let mut log_probs = vec![0.0; VOCAB];
+                log_softmax(&logits, &mut log_probs);
+                log_probs
+            }
+            Err(_) => continue,
+        };
+        let sum: f64 = log_probs.iter().map(|p| p.exp()).sum();
+        assert!((0.5..1.1).contains(&sum) && log_probs[next as usize].is_finite(), "{log_probs:?}");
+        divergence.add(&log_probs, &[-(VOCAB as f64).ln(); VOCAB], next);
+        n += 1;
+    }
+    assert!(n == 0 || divergence.mean_kl().is_finite(), "a divergence of {}", divergence.mean_kl());
 }
 
 /// Splits off what chooses the type, and pads the rest to whole blocks, at most 8 of the largest.

@@ -1,13 +1,13 @@
 //! `kestrel perplexity`: how well a model predicts a text, and how far its predictions are from another model's.
 
 use crate::failure::Outcome;
-use crate::kl_base::{KlBase, KlBaseWriter, Layout};
 use crate::model::ModelArgs;
 use crate::progress::Count;
 use crate::windows::Windows;
 use crate::{files, interrupt, output};
 use clap::Args;
 use kestrel_formats::atomic_file::check_target;
+use kestrel_formats::kl_base::{KlBase, KlBaseWriter, Layout, Prediction};
 use kestrel_formats::{Error, ErrorKind, Result};
 use kestrel_runtime::evaluate::{Divergence, DivergenceSummary, Estimate, Perplexity, log_softmax, scored};
 use kestrel_runtime::reader::{Reader, Sequence};
@@ -78,7 +78,13 @@ pub fn run(args: &PerplexityArgs) -> Outcome {
         (None, Some(path)) => {
             interrupt::writing(path);
             let layout = if args.kl_base_f32 { Layout::F32 } else { Layout::LlamaCpp };
-            Base::Save(KlBaseWriter::create(path, layout, vocab, &windows, args.force)?)
+            Base::Save(KlBaseWriter::create(
+                path,
+                layout,
+                (vocab, windows.n_ctx),
+                &windows.tokens,
+                args.force,
+            )?)
         }
         (None, None) => Base::None,
     };
@@ -176,7 +182,10 @@ impl Evaluation {
             Base::None => {}
             Base::Save(writer) => writer.push(logits)?,
             Base::Compare(base, divergence) => {
-                base.log_probs(self.n_scored, next, &mut self.base_log_probs)?;
+                match base.prediction(self.n_scored, next)? {
+                    Prediction::LogProbs(log_probs) => self.base_log_probs = log_probs,
+                    Prediction::Logits(logits) => log_softmax(&logits, &mut self.base_log_probs),
+                }
                 divergence.add(&self.base_log_probs, &self.log_probs, next);
             }
         }

@@ -2,10 +2,7 @@
 
 mod json_model;
 
-use super::{
-    Ids, PreTokenizer, TokenType, TokenizerData, check_merge_count, check_token, check_vocab_count,
-    split_merge,
-};
+use super::{Ids, PreTokenizer, TokenType, TokenizerData, check_merge_count, check_token, check_vocab_count};
 use crate::checkpoint::GenerationConfig;
 use crate::checkpoint::folder::Folder;
 use crate::json::{describe, parse_object, shorten};
@@ -39,6 +36,7 @@ impl TokenizerData {
             return Ok(None);
         };
         let file = json_model::parse(&bytes, &path)?;
+        drop(bytes); // before the vocabulary is built
         let siblings = Siblings::read(folder)?;
         build(file, siblings, ids).map(Some).map_err(|e| e.file(&path))
     }
@@ -293,11 +291,7 @@ fn merges(model: &Model, tokens: &[Vec<u8>]) -> Result<Vec<(u32, u32)>> {
     let ids = Ids::new(tokens.iter().map(Vec::as_slice))?;
     check_merge_count(model.merges.len())?;
     let mut joined = Vec::new();
-    let merge = |(n, (text, left_len)): (usize, (&str, Option<usize>))| {
-        let (left, right) = match left_len {
-            Some(at) => text.as_bytes().split_at_checked(at).unwrap_or_default(),
-            None => split_merge(n, text.as_bytes())?,
-        };
+    let merge = |(n, (left, right)): (usize, (&[u8], &[u8]))| {
         if left.contains(&b' ') || right.contains(&b' ') {
             return Err(unsupported(
                 &format!("merge {n}"),

@@ -63,7 +63,7 @@ fn hyperparameter_cases() -> Vec<Case> {
         model_case("G60 block_count_u16", set("mamba.block_count", Raw::u16(2)), Accept),
         model_case("G61 block_count_str", set("mamba.block_count", Raw::str(b"2")), Reject(Kind::WrongType)),
         model_case("G63 d_state_0", set("mamba.ssm.state_size", Raw::u32(0)), Reject(Kind::OutOfRange)),
-        model_case("G63 d_state_1024", model(&HyperParams { d_state: 1024, ..SMALL }), Accept).heap_factor(4),
+        model_case("G63 d_state_1024", model(&HyperParams { d_state: 1024, ..SMALL }), Accept),
         model_case(
             "G63 d_state_1025",
             model(&HyperParams { d_state: 1025, ..SMALL }),

@@ -21,6 +21,7 @@ mod weights;
 
 pub use gguf_model::SMALL;
 pub use gguf_tokenizer::with_vocabulary;
+pub use other_files::{base, calibration, wide_model};
 
 use crate::gguf_builder::{GgufBuilder, Raw, RawTensor};
 use crate::temp_dir::TempDir;
@@ -39,7 +40,8 @@ pub struct Case {
     pub action: Action,
     /// What it has to say.
     pub expect: Expect,
-    /// Heap that it may take beyond 1 MiB, as a multiple of the input's bytes.
+    /// Heap that it may take beyond 1 MiB, as a multiple of the input's bytes; `tests/README.md` has the reason where it is
+    /// more than 2.
     pub heap_factor: u64,
 }
 
@@ -75,6 +77,8 @@ pub enum Action {
     LoadState,
     /// `quantize GOOD --imatrix FILE` with the same model.
     Imatrix,
+    /// `quantize GOOD --calibration FILE`.
+    Calibration,
     /// `perplexity GOOD --kl-base FILE`.
     KlBase,
     /// `eval GOOD --requests FILE`.

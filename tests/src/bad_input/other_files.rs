@@ -1,4 +1,4 @@
-//! Saved states, importance matrices, predictions of a base model, and requests to score.
+//! Saved states, importance matrices, calibrations, predictions of a base model, and requests to score.
 
 use super::weights::WIDE;
 use super::*;
@@ -20,6 +20,7 @@ fn state(dir: &TempDir, change: impl Fn(&mut Vec<u8>)) -> PathBuf {
 pub(super) fn cases() -> Vec<Case> {
     let mut cases = states();
     cases.extend(matrices());
+    cases.extend(calibrations());
     cases.extend(bases());
     cases.extend(requests());
     cases.extend(differences());
@@ -92,8 +93,76 @@ fn matrices() -> Vec<Case> {
     ]
 }
 
+const PRODUCTS: &str = "blk.0.ssm_in.weight.products";
+const COUNT: &str = "blk.0.ssm_in.weight.count";
+const KL: &str = "blk.0.ssm_in.weight.kl";
+
+fn f32s(name: &str, ne: &[u64], numbers: &[f32]) -> RawTensor {
+    RawTensor { data: numbers.iter().flat_map(|x| x.to_le_bytes()).collect(), ..RawTensor::f32(name, ne) }
+}
+
+/// A calibration of one matrix of [`wide_model`]: inputs that do not correlate, and two types.
+pub fn calibration() -> GgufBuilder {
+    let types: Vec<u8> = [b"q4_0", b"q8_0"].iter().flat_map(|name| Raw::str(*name).bytes).collect();
+    let unit: Vec<f32> = (0..32 * 32).map(|i| if i % 33 == 0 { 1.0 } else { 0.0 }).collect();
+    GgufBuilder::default()
+        .kv("general.type", Raw::str(b"calibration"))
+        .kv("kestrel.calibration.dataset", Raw::str(b"text"))
+        .kv("kestrel.calibration.types", Raw::array(8, 2, &types))
+        .tensor(f32s(PRODUCTS, &[32, 32], &unit))
+        .tensor(f32s(COUNT, &[1], &[7.0]))
+        .tensor(f32s(KL, &[2], &[0.5, 0.125]))
+}
+
+/// A model wide enough for blocks of 32.
+pub fn wide_model() -> GgufBuilder {
+    model(&WIDE)
+}
+
+fn calibrations() -> Vec<Case> {
+    use Kind::*;
+    let c = |name: &str, file: GgufBuilder, expect| {
+        folder_case("calibration", name, expect, move |dir| {
+            dir.file("good.gguf", &wide_model().bytes());
+            dir.file("case.gguf", &file.bytes())
+        })
+        .by(Action::Calibration)
+    };
+    let with = |t: RawTensor| calibration().replace(t);
+    let products = |x: f32| f32s(PRODUCTS, &[32, 32], &[x; 32 * 32]);
+    let odd = RawTensor { offset: Some(4098), ..f32s(KL, &[2], &[0.5, 0.125]) };
+    let f16 = RawTensor { data: vec![0; 4], ..RawTensor::without_data(KL, &[2], 1, 4) };
+    vec![
+        c("valid_calibration", calibration(), Accept),
+        c("valid_calibration_half_done", with(f32s(COUNT, &[1], &[0.0])), Warn("calibration")),
+        c("X80 calibration_is_a_model", wide_model(), Reject(Unexpected)),
+        c("X81 calibration_without_count", calibration().without(COUNT), Reject(Missing)),
+        c("X82 calibration_other_width", with(RawTensor::f32(PRODUCTS, &[32, 64])), Reject(Inconsistent)),
+        c("X83 calibration_group_0", with(RawTensor::f32(PRODUCTS, &[0, 32])), Reject(BadShape)),
+        c("X84 calibration_uneven_group", with(RawTensor::f32(PRODUCTS, &[31, 32])), Reject(BadShape)),
+        c("X85 calibration_products_nan", with(products(f32::NAN)), Reject(Inconsistent)),
+        c("X86 calibration_products_negative", with(products(-1.0)), Reject(Inconsistent)),
+        c("X86 calibration_products_max", with(products(f32::MAX)), Reject(Inconsistent)),
+        c("X87 calibration_kl_of_3", with(RawTensor::f32(KL, &[3])), Reject(BadShape)),
+        c("X88 calibration_kl_nan", with(f32s(KL, &[2], &[0.5, f32::NAN])), Reject(NotFinite)),
+        c("X89 calibration_kl_negative", with(f32s(KL, &[2], &[-0.5, 0.5])), Reject(OutOfRange)),
+        c("X90 calibration_kl_misplaced", with(odd), Reject(BadOffset)),
+        c(
+            "X91 calibration_type_unknown",
+            calibration().set("kestrel.calibration.types", Raw::array(8, 1, &Raw::str(b"q9").bytes)),
+            Reject(Unexpected),
+        ),
+        c(
+            "X91 calibration_types_of_numbers",
+            calibration().set("kestrel.calibration.types", Raw::array(4, 1, &[0; 4])),
+            Reject(WrongType),
+        ),
+        c("X92 calibration_kl_f16", with(f16), Reject(WrongType)),
+    ]
+}
+
 /// A base of one window of 8 tokens in llama.cpp's layout or ours, for a model with 16 tokens. All are equally likely.
-fn base(llama_cpp: bool) -> Vec<u8> {
+pub fn base(llama_cpp: bool) -> Vec<u8> {
     let (magic, head): (&[u8; 8], &[u32]) =
         if llama_cpp { (b"_logits_", &[8, 16, 1]) } else { (b"KESTRLKL", &[1, 16, 8, 1]) };
     let tokens = [3u32, 4, 5, 3, 4, 5, 3, 4];
@@ -140,8 +209,12 @@ fn bases() -> Vec<Case> {
         b("X53 base_token_outside", RejectAt(OutOfRange, 24), true, |b| b[24] = 16),
         b("X54 base_nan", RejectAt(NotFinite, ROWS.0), true, |b| b[ROWS.0 as usize..][..4].fill(0xff)),
         b("X55 base_nan_f32", RejectAt(NotFinite, ROWS.1), false, |b| b[ROWS.1 as usize..][..4].fill(0xff)),
-        // The sign of the least log-probability.
-        b("X56 base_positive", RejectAt(NotFinite, ROWS.0), true, |b| b[ROWS.0 as usize + 7] ^= 0x80),
+        // The sign of the least log-probability, and its exponent.
+        b("X56 base_positive", RejectAt(OutOfRange, ROWS.0), true, |b| b[ROWS.0 as usize + 7] ^= 0x80),
+        b("X56 base_improbable", RejectAt(OutOfRange, ROWS.0), true, |b| b[ROWS.0 as usize + 7] ^= 0x02),
+        b("X56 base_infinite", RejectAt(NotFinite, ROWS.0), true, |b| {
+            b[ROWS.0 as usize..][..8].copy_from_slice(&[0, 0, 0, 0, 0, 0, 0x80, 0xff]);
+        }),
     ]
 }
 

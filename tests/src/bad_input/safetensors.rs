@@ -108,7 +108,7 @@ fn header_contents() -> Vec<Case> {
             Reject(BadJson),
         ),
         with_entries("S30 depth_200k_in_field", &deep, Reject(Limit)),
-        with_entries("S33 100k_tensors", &many.join(","), Reject(Limit)).heap_factor(8),
+        with_entries("S33 100k_tensors", &many.join(","), Reject(Limit)).heap_factor(3),
         with_entries("S36 path_like_name", &format!(r#""../../x":{{{zero}}}"#), Reject(Unexpected)),
         with_entries("S37 nul_name", &format!(r#""a\u0000b":{{{zero}}}"#), Reject(BadName)),
         with_entries("S37 empty_name", &format!(r#""":{{{zero}}}"#), Reject(BadName)),

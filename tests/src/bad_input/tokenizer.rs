@@ -105,5 +105,5 @@ fn texts() -> Vec<Case> {
             path
         })
     };
-    rows.into_iter().map(case).map(|c| c.heap_factor(8)).collect()
+    rows.into_iter().map(case).collect()
 }

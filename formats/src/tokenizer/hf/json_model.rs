@@ -1,10 +1,11 @@
 //! tokenizer.json itself. Its two long parts, the vocabulary and the merges, are read into compact lists; the rest
 //! is small and becomes JSON values.
 
+use super::super::split_merge;
 use crate::json::{Fault, Strict, describe, duplicate_key};
 use crate::limits::{MERGES_MAX, TOKENIZER_BYTES_MAX, VOCAB_MAX};
 use crate::{Error, ErrorKind, Result};
-use serde::de::{DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
+use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 use std::fmt;
 use std::path::Path;
@@ -28,37 +29,34 @@ pub(super) struct Model {
     pub(super) options: Vec<(String, Value)>,
 }
 
-/// Merges as written, in one buffer.
+/// Merges in one buffer.
 #[derive(Default)]
 pub(super) struct Merges {
-    text: String,
-    /// End of each merge in `text`, and the length of its left half if it was written as a pair, else [`Self::TEXT`].
-    /// 32 bits, because a merge can be as short as three bytes of the file, which has at most [`TOKENIZER_BYTES_MAX`].
-    ends: Vec<(u32, u32)>,
+    text: Vec<u8>,
+    /// The length of the left half of each merge and its end in `text`, which the size of the file keeps within 32 bits.
+    places: Vec<(u32, u32)>,
 }
 
 const _: () = assert!(TOKENIZER_BYTES_MAX < u32::MAX as u64);
 
 impl Merges {
-    /// In place of a length: the merge was written as one text.
-    const TEXT: u32 = u32::MAX;
-
-    /// Ends a merge whose text was appended.
-    fn end(&mut self, left: u32) {
-        self.ends.push((self.text.len() as u32, left));
+    fn push(&mut self, left: &[u8], right: &[u8]) {
+        self.text.extend_from_slice(left);
+        self.text.extend_from_slice(right);
+        self.places.push((left.len() as u32, self.text.len() as u32));
     }
 
     pub(super) fn len(&self) -> usize {
-        self.ends.len()
+        self.places.len()
     }
 
-    /// Each merge: `"a b"` and nothing, or `"ab"` and the length of `a`.
-    pub(super) fn iter(&self) -> impl Iterator<Item = (&str, Option<usize>)> {
+    /// The halves of each merge.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
         let mut start = 0;
-        self.ends.iter().map(move |&(end, left)| {
+        self.places.iter().map(move |&(left, end)| {
             let text = self.text.get(start..end as usize).unwrap_or_default();
             start = end as usize;
-            (text, (left != Self::TEXT).then_some(left as usize))
+            text.split_at_checked(left as usize).unwrap_or_default()
         })
     }
 }
@@ -215,27 +213,24 @@ impl<'de> Visitor<'de> for MergeSeed<'_> {
 
     expecting!("a merge: \"a b\" or [\"a\", \"b\"]");
 
-    fn visit_str<E>(self, text: &str) -> Parsed<(), E> {
-        self.merges.text.push_str(text);
-        self.merges.end(Merges::TEXT);
+    fn visit_str<E: de::Error>(self, text: &str) -> Parsed<(), E> {
+        let (left, right) =
+            split_merge(self.merges.len(), text.as_bytes()).map_err(|e| self.fault.raise::<E>(e))?;
+        self.merges.push(left, right);
         Ok(())
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Parsed<(), A::Error> {
-        let n = self.merges.len();
-        let (mut pieces, mut left) = (0, 0);
-        while let Some(piece) = seq.next_element::<String>()? {
-            if pieces == 0 {
-                left = piece.len();
-            }
-            pieces += 1;
-            self.merges.text.push_str(&piece);
-        }
-        if pieces != 2 {
-            let error = Error::new(ErrorKind::BadJson).what(format!("merge {n}")).expected("two pieces");
-            return Err(self.fault.raise(error.found(pieces)));
-        }
-        self.merges.end(left as u32);
+        let pieces: [Option<String>; 3] = [seq.next_element()?, seq.next_element()?, seq.next_element()?];
+        let [Some(left), Some(right), None] = &pieces else {
+            let what = format!("merge {}", self.merges.len());
+            let error = Error::new(ErrorKind::BadJson).what(what).expected("two pieces");
+            return Err(self.fault.raise(error.found(match pieces.iter().flatten().count() {
+                3 => "more".to_owned(),
+                n => n.to_string(),
+            })));
+        };
+        self.merges.push(left.as_bytes(), right.as_bytes());
         Ok(())
     }
 }

@@ -9,18 +9,26 @@
 //!   token has code 0.
 //! - Ours, which rounds nothing: magic `KESTRLKL`, then u32 version, vocab, n_ctx, n_windows. A row has vocab f32 logits.
 
-use crate::windows::Windows;
-use kestrel_formats::atomic_file::AtomicFile;
-use kestrel_formats::map::Map;
-use kestrel_formats::{Error, ErrorKind, Result};
-use kestrel_runtime::evaluate::{log_softmax, scored};
+use crate::atomic_file::AtomicFile;
+use crate::map::Map;
+use crate::{Error, ErrorKind, Result};
+use std::ops::{Range, RangeInclusive};
 use std::path::Path;
 
 const VERSION: u32 = 1;
 /// Tokens of a window, and windows of a file.
-const N_CTX: std::ops::RangeInclusive<u32> = 4..=1 << 20;
+const N_CTX: RangeInclusive<u32> = 4..=1 << 20;
 /// llama.cpp leaves out what is this much less likely than the most likely token, in nats.
 const LEAST: f32 = 16.0;
+/// What the probabilities of a row of llama.cpp's add up to: rounding adds little, and what is left out of the largest
+/// vocabulary is less than half.
+const SUM: RangeInclusive<f64> = 0.5..=1.1;
+
+/// Positions of a window whose predictions are scored, each against the token after it: the second half without the
+/// last. A base file has a row for each.
+pub fn scored(n_ctx: usize) -> Range<usize> {
+    n_ctx / 2..n_ctx.saturating_sub(1)
+}
 
 /// How log-probabilities are kept.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -106,13 +114,19 @@ pub struct KlBaseWriter {
 }
 
 impl KlBaseWriter {
-    /// Reserves the space and writes the tokens.
-    pub fn create(path: &Path, layout: Layout, vocab: usize, windows: &Windows, force: bool) -> Result<Self> {
-        let (vocab, n_ctx, n_windows) = (vocab as u32, windows.n_ctx as u32, windows.len() as u32);
+    /// Reserves the space and writes the tokens of windows of `n_ctx`. Errors: those of [`AtomicFile`].
+    pub fn create(
+        path: &Path,
+        layout: Layout,
+        (vocab, n_ctx): (usize, usize),
+        tokens: &[u32],
+        force: bool,
+    ) -> Result<Self> {
+        let (vocab, n_ctx, n_windows) = (vocab as u32, n_ctx as u32, (tokens.len() / n_ctx) as u32);
         let extent = Extent { layout, vocab, n_ctx, n_windows };
         let file = AtomicFile::create(path, extent.file_bytes()?, force)?;
         let mut head = layout.head(vocab, n_ctx, n_windows);
-        head.extend(windows.tokens.iter().flat_map(|t| t.to_le_bytes()));
+        head.extend(tokens.iter().flat_map(|t| t.to_le_bytes()));
         file.write_at(0, &head)?;
         Ok(Self { file, layout, next: extent.rows_at(), row: Vec::new() })
     }
@@ -156,6 +170,14 @@ pub struct KlBase {
     tokens: Vec<u32>,
 }
 
+/// What a base model predicts at one position, for each token of the vocabulary.
+pub enum Prediction {
+    /// Log-probabilities; minus infinity for what llama.cpp left out.
+    LogProbs(Vec<f64>),
+    /// Finite logits.
+    Logits(Vec<f32>),
+}
+
 impl KlBase {
     /// Opens a base file of either layout for a model with this vocabulary.
     ///
@@ -166,7 +188,8 @@ impl KlBase {
         Self::parse(map, vocab).map_err(|e| e.file(path))
     }
 
-    fn parse(map: Map, vocab: usize) -> Result<Self> {
+    /// As [`Self::open`].
+    pub fn parse(map: Map, vocab: usize) -> Result<Self> {
         let layout = [Layout::LlamaCpp, Layout::F32].into_iter().find(|l| map.starts_with(l.magic()));
         let layout = layout.ok_or_else(|| {
             Error::new(ErrorKind::BadMagic)
@@ -232,43 +255,57 @@ impl KlBase {
         &self.tokens
     }
 
-    /// The log-probabilities (vocab) at scored position `i`, counted over all windows; minus infinity for what
-    /// llama.cpp left out, unless it is the token `next` that really follows. Errors: `NotFinite`.
+    /// Scored positions of all windows.
+    pub fn n_scored(&self) -> u64 {
+        self.extent.n_rows()
+    }
+
+    /// The prediction at scored position `i`, counted over all windows. A token that llama.cpp left out is kept if it is
+    /// `next`, which really follows. Errors: `NotFinite`; `OutOfRange` for what are no probabilities.
     ///
     /// # Panics
     /// If there is no such position.
-    pub fn log_probs(&self, i: usize, next: u32, out: &mut [f64]) -> Result<()> {
+    pub fn prediction(&self, i: usize, next: u32) -> Result<Prediction> {
         let start = self.extent.rows_at() + i as u64 * self.extent.row_bytes();
         // The file's length was checked, so all of it lies in memory.
         let row = &self.map[start as usize..(start + self.extent.row_bytes()) as usize];
+        let error = |kind| {
+            Error::new(kind).file(self.map.path()).at(start).what(format!("prediction at position {i}"))
+        };
         match self.extent.layout {
-            Layout::LlamaCpp => decode(row, next, out),
+            Layout::LlamaCpp => {
+                let log_probs = decode(row, self.extent.vocab, next);
+                let sum: f64 = log_probs.iter().map(|p| p.exp()).sum();
+                let of_next = log_probs.get(next as usize).copied().unwrap_or(f64::NAN);
+                match sum.is_finite() && of_next.is_finite() {
+                    true if SUM.contains(&sum) => Ok(Prediction::LogProbs(log_probs)),
+                    true => {
+                        Err(error(ErrorKind::OutOfRange).expected("probabilities with a sum of 1").found(sum))
+                    }
+                    false => Err(error(ErrorKind::NotFinite).expected("finite numbers")),
+                }
+            }
             Layout::F32 => {
                 let logits: Vec<f32> = row.as_chunks().0.iter().map(|w| f32::from_le_bytes(*w)).collect();
-                log_softmax(&logits, out);
+                match logits.iter().all(|x| x.is_finite()) {
+                    true => Ok(Prediction::Logits(logits)),
+                    false => Err(error(ErrorKind::NotFinite).expected("finite numbers")),
+                }
             }
-        }
-        // llama.cpp's own rounding can take a probability slightly above 1.
-        match out.iter().all(|p| *p < 0.1) {
-            true => Ok(()),
-            false => Err(Error::new(ErrorKind::NotFinite)
-                .file(self.map.path())
-                .at(start)
-                .what(format!("log-probabilities of position {i}"))
-                .expected("numbers that are not positive")
-                .found("NaN or a positive one")),
         }
     }
 }
 
-fn decode(row: &[u8], next: u32, out: &mut [f64]) {
+/// The log-probabilities of a row of llama.cpp's.
+fn decode(row: &[u8], vocab: u32, next: u32) -> Vec<f64> {
     let (words, _) = row.as_chunks::<4>();
     let (scale, least) = (f32::from_le_bytes(words[0]), f32::from_le_bytes(words[1]));
     let (codes, _) = row[8..].as_chunks::<2>();
-    for ((token, out), code) in (0..).zip(out).zip(codes) {
+    let log_prob = |(token, code): (u32, &[u8; 2])| {
         let p = scale * f32::from(u16::from_le_bytes(*code)) + least;
-        *out = if p <= -LEAST && token != next { f64::NEG_INFINITY } else { p.into() };
-    }
+        if p <= -LEAST && token != next { f64::NEG_INFINITY } else { p.into() }
+    };
+    (0..vocab).zip(codes).map(log_prob).collect()
 }
 
 #[cfg(test)]
@@ -288,20 +325,25 @@ mod tests {
         assert!((f64::from(least) - (-16.0 - lse)).abs() < 1e-6, "{least}");
         let codes: Vec<u16> = row[8..].as_chunks().0.iter().map(|c| u16::from_le_bytes(*c)).collect();
         assert_eq!(codes, [61439, 65535, 0, 0]);
-        let mut out = [0.0; 3];
-        decode(&row, 0, &mut out);
+        let out = decode(&row, 3, 0);
+        assert_eq!(out.len(), 3);
         assert!((out[0] - (-1.0 - lse)).abs() < 2e-4 && (out[1] + lse).abs() < 2e-6, "{out:?}");
         assert_eq!(out[2], f64::NEG_INFINITY);
-        decode(&row, 2, &mut out);
-        assert_eq!(out[2], f64::from(least));
+        assert_eq!(decode(&row, 3, 2)[2], f64::from(least));
+    }
+
+    #[test]
+    fn the_second_half_is_scored_without_its_last_token() {
+        assert_eq!(scored(512), 256..511);
+        assert_eq!(scored(512).len(), 255);
+        assert!(scored(0).is_empty());
     }
 
     #[test]
     fn equal_logits_have_no_scale() {
         let mut row = Vec::new();
         encode(&[3.0; 4], &mut row);
-        let mut out = [0.0; 4];
-        decode(&row, 0, &mut out);
+        let out = decode(&row, 4, 0);
         assert!(out.iter().all(|p| (p - 0.25f64.ln()).abs() < 1e-6), "{out:?}");
     }
 }
