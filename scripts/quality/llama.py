@@ -5,6 +5,7 @@ files: windows without overlap, each from an empty state, the second half of eac
 log-probability.
 """
 import ctypes
+import os
 import pathlib
 import struct
 
@@ -12,7 +13,7 @@ import gguf
 import llama_cpp as ll
 import numpy as np
 
-THREADS = 2
+THREADS = min(8, os.cpu_count())
 # A token is left out of a base file if it is this much less likely than the most likely one, in nats.
 LEAST = np.float32(16)
 

@@ -10,25 +10,26 @@ from measure import RECORD, key
 SVG = pathlib.Path(__file__).resolve().parent / "kl-against-size.svg"
 # Width and height of the picture, and of what lies around the axes.
 W, H, LEFT, TOP, RIGHT, BOTTOM = 760, 480, 64, 16, 16, 48
-# (maker, with importance matrix): colour, filled, name
+# (maker, what importance is known by): colour, filled, name
 SERIES = {
-    (d.KESTREL, True): ("#c2410c", True, "Kestrel, importance matrix"),
-    (d.KESTREL, False): ("#c2410c", False, "Kestrel"),
-    (d.LLAMA, True): ("#1d4ed8", True, "llama-quantize, importance matrix"),
-    (d.LLAMA, False): ("#1d4ed8", False, "llama-quantize"),
+    (d.KESTREL, d.CALIBRATION): ("#15803d", True, "Kestrel, calibration"),
+    (d.KESTREL, d.IMATRIX): ("#c2410c", True, "Kestrel, importance matrix"),
+    (d.KESTREL, d.NOTHING): ("#c2410c", False, "Kestrel"),
+    (d.LLAMA, d.IMATRIX): ("#1d4ed8", True, "llama-quantize, importance matrix"),
+    (d.LLAMA, d.NOTHING): ("#1d4ed8", False, "llama-quantize"),
 }
 
 
 def table(files):
-    print("| type | imatrix | bits per weight | 7B file | mean KL | same top token | perplexity "
+    print("| type | with | bits per weight | 7B file | mean KL | same top token | perplexity "
           "| llama-quantize: mean KL | same top token | perplexity |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     ours = [f for f in d.FILES if f.maker == d.KESTREL and key(f) in files]
-    for f in sorted(ours, key=lambda f: (-files[key(f)]["7b"]["file_bytes"], f.name, f.imatrix)):
+    for f in sorted(ours, key=lambda f: (-files[key(f)]["7b"]["file_bytes"], f.name, f.by)):
         mine = files[key(f)]
         theirs = files.get(key(f._replace(maker=d.LLAMA)))
         size = mine["7b"]
-        print(f"| {f.name} | {'yes' if f.imatrix else ''} | {size['bits_per_weight']:.2f} "
+        print(f"| {f.name} | {f.by} | {size['bits_per_weight']:.2f} "
               f"| {size['file_bytes'] / 1e9:.2f} GB | {figures(mine)} | {figures(theirs) if theirs else ' | | '} |")
 
 
@@ -69,7 +70,7 @@ def plot(files):
     labels = {}
     for f, x, kl in points:
         px, py = at(x, kl)
-        colour, filled, _ = SERIES[f.maker, f.imatrix]
+        colour, filled, _ = SERIES[f.maker, f.by]
         out.append(f'<circle cx="{px:.1f}" cy="{py:.1f}" r="4" stroke="{colour}" stroke-width="1.5" '
                    f'fill="{colour if filled else "none"}"/>')
         if f.maker == d.KESTREL and f.name not in labels:

@@ -7,8 +7,10 @@ of 256, as in the 7B, so that K types never fall back. `--texts` holds UTF-8 fil
 a folder with tokenizer.json, which is copied. Every text is read in windows of `--ctx` tokens that start anywhere.
 
 Only torch, numpy, safetensors and tokenizers are needed: the selective scan is plain torch, exact, in two levels.
-The learning rate follows the clock, so that the run ends when `--minutes` are over. `log.json` has the loss of every
-hundredth step and the perplexity of the held-out text, of which nothing was trained on.
+The learning rate follows the clock, so that the run ends when `--minutes` are over. The end of each text, `--watch` of
+it, is not trained on; its loss is measured every hundredth step, and the weights with the least of it are kept, so that
+a run which is too long for the text does no harm. `log.json` has these losses and the perplexity of the held-out text,
+by which nothing was chosen.
 """
 
 import argparse
@@ -112,22 +114,23 @@ class Mixer(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, d_model: int, n_layer: int):
+    def __init__(self, d_model: int, n_layer: int, dropout: float):
         super().__init__()
         self.norm = Norm(d_model)
         self.mixer = Mixer(d_model, n_layer)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.mixer(self.norm(x)).float()
+        return x + self.dropout(self.mixer(self.norm(x)).float())
 
 
 class Model(nn.Module):
     """The names of the parameters are those of the checkpoint, less the leading `backbone.`."""
 
-    def __init__(self, vocab: int, d_model: int, n_layer: int):
+    def __init__(self, vocab: int, d_model: int, n_layer: int, dropout: float):
         super().__init__()
         self.embeddings = nn.Embedding(vocab, d_model)
-        self.layers = nn.ModuleList(Layer(d_model, n_layer) for _ in range(n_layer))
+        self.layers = nn.ModuleList(Layer(d_model, n_layer, dropout) for _ in range(n_layer))
         self.norm_f = Norm(d_model)
         self.lm_head = nn.Linear(d_model, vocab, bias=False)
         nn.init.normal_(self.embeddings.weight, std=0.02)
@@ -148,6 +151,7 @@ def loss_of(model: Model, ids: torch.Tensor) -> torch.Tensor:
 
 def perplexity(model: Model, ids: np.ndarray, ctx: int, device: str, autocast) -> float:
     """Windows of `ctx` tokens, scored on their second half."""
+    model.eval()
     windows = torch.from_numpy(ids[: len(ids) // ctx * ctx].reshape(-1, ctx))
     total = count = 0
     with torch.no_grad(), autocast():
@@ -156,6 +160,7 @@ def perplexity(model: Model, ids: np.ndarray, ctx: int, device: str, autocast) -
             logits = model(w)[:, ctx // 2 : -1]
             total += F.cross_entropy(logits.flatten(0, 1), w[:, ctx // 2 + 1 :].flatten(), reduction="sum").item()
             count += logits.shape[0] * logits.shape[1]
+    model.train()
     return math.exp(total / count)
 
 
@@ -202,6 +207,8 @@ def arguments():
     p.add_argument("--ctx", type=int, default=512)
     p.add_argument("--batch", type=int, default=32)
     p.add_argument("--lr", type=float, default=1.5e-3)
+    p.add_argument("--dropout", type=float, default=0.1)
+    p.add_argument("--watch", type=float, default=0.03, help="share of each text that is kept for watching the loss")
     p.add_argument("--steps", type=int, default=1 << 30, help="at most, for a trial")
     return p.parse_args()
 
@@ -214,9 +221,12 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     tokenizer = Tokenizer.from_file(str(args.tokenizer / "tokenizer.json"))
     encode = lambda text: np.array(tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.int64)
-    ids = np.concatenate([encode(path.read_text()) for path in sorted(args.texts.glob("*.txt"))])
+    texts = [encode(path.read_text()) for path in sorted(args.texts.glob("*.txt"))]
+    ends = [len(text) - int(args.watch * len(text)) for text in texts]
+    ids = np.concatenate([text[:end] for text, end in zip(texts, ends)])
+    watched = np.concatenate([text[end:] for text, end in zip(texts, ends)])
     held_out = encode(args.held_out.read_bytes().decode(errors="ignore"))
-    model = Model(tokenizer.get_vocab_size(), args.d_model, args.n_layer).to(device)
+    model = Model(tokenizer.get_vocab_size(), args.d_model, args.n_layer, args.dropout).to(device)
     n_params = sum(p.numel() for p in model.parameters())
     print(f"{len(ids)} tokens, {n_params} parameters, on {device}", flush=True)
 
@@ -226,6 +236,17 @@ def main() -> None:
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=device == "cuda")
     log, start, step = [], time.monotonic(), 0
+    least, best = math.inf, None
+
+    def watch() -> None:
+        nonlocal least, best
+        ppl = perplexity(model, watched, args.ctx, device, autocast)
+        log.append({"step": step, "seconds": round(time.monotonic() - start, 1), "loss": round(loss.item(), 4),
+                    "watched_perplexity": round(ppl, 3)})  # fmt: skip
+        print(log[-1], flush=True)
+        if ppl < least:
+            least, best = ppl, {name: p.detach().clone() for name, p in model.state_dict().items()}
+
     while (done := (time.monotonic() - start) / (60 * args.minutes)) < 1 and step < args.steps:
         lr = args.lr * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
         for group in optimizer.param_groups:
@@ -238,16 +259,16 @@ def main() -> None:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if step % 100 == 0:
-            log.append({"step": step, "seconds": round(time.monotonic() - start, 1), "loss": round(loss.item(), 4)})
-            print(log[-1], flush=True)
         step += 1
+        if step % 100 == 0:
+            watch()
+    watch()
     print(f"{step} steps, {step * args.batch * args.ctx / len(ids):.2f} times the text", flush=True)
+    model.load_state_dict(best)
     with torch.no_grad():  # what is measured is what is saved
         for p in model.parameters():
             p.copy_(p.to(torch.bfloat16))
     save(model, args, args.out)
-    model.eval()
     ppl = perplexity(model, held_out, args.ctx, device, contextlib.nullcontext)
     summary = {"parameters": n_params, "tokens": len(ids), "steps": step, "held_out_perplexity": ppl, "log": log}
     (args.out / "log.json").write_text(json.dumps(summary, indent=1))
