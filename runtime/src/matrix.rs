@@ -125,8 +125,7 @@ impl Matrix {
         match (self.dtype, &self.scales) {
             (WeightType::Ggml(ty), _) => ActKind::for_weights(ty, precise),
             (_, Some(scales))
-                if !precise
-                    && kernels::multiplies_as_q8_0(self.cols, scales.blocksize, scales.largest) =>
+                if !precise && kernels::multiplies_as_q8_0(self.cols, scales.blocksize, scales.largest) =>
             {
                 ActKind::for_weights(GgmlType::Q8_0, false)
             }

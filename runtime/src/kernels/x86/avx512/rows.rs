@@ -327,7 +327,13 @@ impl<F: Wide, const R: usize> Few for Large<F, R> {
                 let next = b + ahead;
                 if next < n_blocks {
                     let to = prepared.add(next / FOUR % 2);
-                    prepare::<F, T, R>(p.add(next * F::BYTES), &tokens, next, (n_blocks - next).min(FOUR), to);
+                    prepare::<F, T, R>(
+                        p.add(next * F::BYTES),
+                        &tokens,
+                        next,
+                        (n_blocks - next).min(FOUR),
+                        to,
+                    );
                 }
                 let (p, n, prepared) = (p.add(b * F::BYTES), n_blocks - b, prepared.add(b / FOUR % 2));
                 match n < FOUR {
