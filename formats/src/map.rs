@@ -10,7 +10,7 @@ use std::fs::{File, Metadata};
 use std::ops::Deref;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 /// A read-only map of a whole regular file, shared by whoever holds a clone.
@@ -247,6 +247,12 @@ extern "C" fn on_bus_error(signal: libc::c_int, info: *mut libc::siginfo_t, _con
         return;
     }
     if let Some(message) = Slot::message_for(address) {
+        // Several threads fault at once; the first prints, and the others wait for its end of the process.
+        static PRINTED: AtomicBool = AtomicBool::new(false);
+        while PRINTED.swap(true, Ordering::Relaxed) {
+            // SAFETY: async-signal-safe; returns after a signal.
+            unsafe { libc::pause() };
+        }
         // SAFETY: a pointer and a length of one string; then the process ends without running anything else of it.
         unsafe {
             libc::write(libc::STDERR_FILENO, message.as_ptr().cast(), message.len());
