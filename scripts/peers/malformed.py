@@ -105,7 +105,7 @@ def transformers_bitsandbytes(path):
     import torch
     import transformers
     torch.set_num_threads(1)
-    model = transformers.AutoModelForCausalLM.from_pretrained(os.path.dirname(path), device_map="cpu")
+    model = transformers.AutoModelForCausalLM.from_pretrained(os.path.dirname(path), dtype=torch.float32, device_map="cpu")
     with torch.no_grad():
         model(torch.tensor([[1, 2]]))
 
