@@ -227,7 +227,7 @@ fn sweeps(args: &ConversionArgs) -> Result<usize> {
 /// What `KESTREL_ISA` allows of the instruction sets that quantize.
 fn isa() -> Result<Isa> {
     Ok(match kernels::Isa::from_env()? {
-        kernels::Isa::Scalar => Isa::Baseline,
+        kernels::Isa::Scalar | kernels::Isa::ScalarInt8 => Isa::Baseline,
         kernels::Isa::Avx2 => Isa::Avx2,
         _ => Isa::best(),
     })

@@ -96,12 +96,21 @@ fn place(kind: ActKind, n_tokens: usize, cols: usize, t: usize) -> Place {
     }
 }
 
-/// Sums of one token: per 32, and for blocks of 256 then per 16.
+/// Sums of one token: per 32, and for blocks of 256 then per 16 and per 256.
 fn sums_len(kind: ActKind, cols: usize) -> usize {
     match kind {
         ActKind::F32 => 0,
         ActKind::Q8x32 => cols / 32,
-        ActKind::Q8x256 => cols / 32 + cols / 16,
+        ActKind::Q8x256 => cols / 32 + cols / 16 + cols / 256,
+    }
+}
+
+/// Where the sums per `sub` begin among those of one token.
+fn first_sum(sub: usize, cols: usize) -> usize {
+    match sub {
+        32 => 0,
+        16 => cols / 32,
+        _ => cols / 32 + cols / 16,
     }
 }
 
@@ -191,7 +200,7 @@ impl Acts {
     #[inline(always)]
     pub(crate) fn sums16(&self, t: usize) -> &[i32] {
         debug_assert!(self.kind == ActKind::Q8x256 && self.n_tokens < INT_PANEL_TOKENS);
-        &self.sums[self.place(t).sums + self.cols / 32..][..self.cols / 16]
+        &self.sums[self.place(t).sums + first_sum(16, self.cols)..][..self.cols / 16]
     }
 
     /// Groups of 16 tokens, of many.
@@ -211,7 +220,11 @@ impl Acts {
             scales: &self.scales[at.scales..][..self.cols / self.kind.block_len() * LANES],
             sums32: &sums[..self.cols / 32 * LANES],
             sums16: match self.kind {
-                ActKind::Q8x256 => &sums[self.cols / 32 * LANES..][..self.cols / 16 * LANES],
+                ActKind::Q8x256 => &sums[first_sum(16, self.cols) * LANES..][..self.cols / 16 * LANES],
+                _ => &[],
+            },
+            sums256: match self.kind {
+                ActKind::Q8x256 => &sums[first_sum(256, self.cols) * LANES..][..self.cols / 256 * LANES],
                 _ => &[],
             },
         }
@@ -235,8 +248,7 @@ impl Acts {
     /// The sum of the codes `sub · i..sub · (i + 1)` of token `t`; `sub` is 32, or 16 for [`ActKind::Q8x256`].
     pub(crate) fn sum(&self, t: usize, sub: usize, i: usize) -> i32 {
         let at = self.place(t);
-        let first = if sub == 16 { self.cols / 32 } else { 0 };
-        self.sums[at.sums + (first + i) * at.stride]
+        self.sums[at.sums + (first_sum(sub, self.cols) + i) * at.stride]
     }
 
     /// What the activations stand for, as f32; for tests and reports.
@@ -276,6 +288,8 @@ pub(crate) struct Group<'a> {
     pub sums32: &'a [i32],
     /// [column / 16][16], or empty.
     pub sums16: &'a [i32],
+    /// [column / 256][16], or empty.
+    pub sums256: &'a [i32],
 }
 
 /// See [`Acts::writer`].
@@ -326,9 +340,8 @@ impl BlockMut<'_> {
             unsafe { self.to.codes.part(start..start + 4) }.copy_from_slice(quad);
         }
         if self.to.kind == ActKind::Q8x256 {
-            let n32 = self.to.cols / 32;
             // SAFETY: the caller's promise.
-            unsafe { self.put_sum(n32 + self.block * (self.len() / LANES) + i, sum) };
+            unsafe { self.put_sum(16, i, sum) };
         }
     }
 
@@ -338,10 +351,22 @@ impl BlockMut<'_> {
     /// See [`Self::put_scale`].
     pub unsafe fn put_sum32(&self, i: usize, sum: i32) {
         // SAFETY: the caller's promise.
-        unsafe { self.put_sum(self.block * (self.len() / 32) + i, sum) };
+        unsafe { self.put_sum(32, i, sum) };
     }
 
-    unsafe fn put_sum(&self, i: usize, sum: i32) {
+    /// Stores the sum of all codes, where the form keeps it.
+    ///
+    /// # Safety
+    /// See [`Self::put_scale`].
+    pub unsafe fn put_sum_of_all(&self, sum: i32) {
+        if self.to.kind == ActKind::Q8x256 {
+            // SAFETY: the caller's promise.
+            unsafe { self.put_sum(256, 0, sum) };
+        }
+    }
+
+    unsafe fn put_sum(&self, sub: usize, i: usize, sum: i32) {
+        let i = first_sum(sub, self.to.cols) + self.block * (self.len() / sub) + i;
         let i = self.at.sums + i * self.at.stride;
         // SAFETY: the caller's promise.
         unsafe { self.to.sums.part(i..i + 1)[0] = sum };

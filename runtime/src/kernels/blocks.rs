@@ -3,6 +3,7 @@
 
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for the contract of `matmul::Matmul` alone
 
+use super::as_int8;
 use super::matmul::{INT_PANEL_TOKENS, Job, PANEL_COLS};
 use super::memory::LANES;
 use super::scalar::fused;
@@ -97,6 +98,15 @@ impl Parts {
             (self.scales[j], self.mins[j]) = scale_min(j);
         }
     }
+
+    /// See [`super::as_int8`].
+    fn become_int8(&mut self) {
+        let (scale, tables) = as_int8::tables(self.d, self.dmin, |j| (self.scales[j], self.mins[j]));
+        for (codes, table) in self.codes.as_chunks_mut::<32>().0.iter_mut().zip(tables) {
+            *codes = codes.map(|q| as_int8::code(table, q as u8));
+        }
+        (self.d, self.dmin, self.scales[0], self.mins) = (scale, 0.0, 1, [0; 16]);
+    }
 }
 
 /// Tokens that share the taking apart of a block.
@@ -105,24 +115,27 @@ const TOKENS: usize = 16;
 pub(super) const QUADS: usize = 64;
 
 /// Weights times int8 activations: integer sums within a block, f32 across blocks. `quads` multiplies the codes of a
-/// block with activations and sums each four products.
+/// block with activations and sums each four products. With `Q4K_AS_INT8`, see `as_int8.rs`.
 ///
 /// # Safety
 /// [`super::matmul::Matmul`].
 #[inline(always)]
-pub(super) unsafe fn int_matmul(job: &Job<'_>, quads: impl Fn(&[i8], &[i8]) -> [i32; QUADS]) {
+pub(super) unsafe fn int_matmul<const Q4K_AS_INT8: bool>(
+    job: &Job<'_>,
+    quads: impl Fn(&[i8], &[i8]) -> [i32; QUADS],
+) {
     match (job.acts.n_tokens() < INT_PANEL_TOKENS, job.weights.dtype.block_len()) {
-        (true, 32) => sum_blocks::<FewSmall>(job, quads),
-        (true, _) => sum_blocks::<FewLarge>(job, quads),
-        (false, 32) => sum_blocks::<ManySmall>(job, quads),
-        (false, _) => sum_blocks::<ManyLarge>(job, quads),
+        (true, 32) => sum_blocks::<FewSmall>(job, false, quads),
+        (true, _) => sum_blocks::<FewLarge>(job, false, quads),
+        (false, 32) => sum_blocks::<ManySmall>(job, false, quads),
+        (false, _) => sum_blocks::<ManyLarge>(job, Q4K_AS_INT8 && job.weights.ggml() == GgmlType::Q4K, quads),
     }
 }
 
 #[inline(always)]
-unsafe fn sum_blocks<S: Sum>(job: &Job<'_>, quads: impl Fn(&[i8], &[i8]) -> [i32; QUADS]) {
+unsafe fn sum_blocks<S: Sum>(job: &Job<'_>, as_int8: bool, quads: impl Fn(&[i8], &[i8]) -> [i32; QUADS]) {
     let ty = job.weights.ggml();
-    let (len, sub) = (ty.block_len(), sub_len(ty));
+    let (len, sub) = (ty.block_len(), if as_int8 { ty.block_len() } else { sub_len(ty) });
     let n_subs = len / sub;
     for row0 in job.rows.clone().step_by(LANES) {
         let n_rows = LANES.min(job.rows.end - row0);
@@ -132,7 +145,10 @@ unsafe fn sum_blocks<S: Sum>(job: &Job<'_>, quads: impl Fn(&[i8], &[i8]) -> [i32
             for r in 0..n_rows {
                 let mut sums = [S::default(); TOKENS];
                 for (b, block) in job.weights.row(row0 + r).chunks_exact(ty.block_bytes()).enumerate() {
-                    let parts = parts(ty, block);
+                    let mut parts = parts(ty, block);
+                    if as_int8 {
+                        parts.become_int8();
+                    }
                     for t in tokens.clone() {
                         let (mut x, mut sums_of) = ([0; 256], [0; 16]);
                         job.acts.copy_codes(t, b * len, &mut x[..len]);

@@ -113,6 +113,7 @@ unsafe fn quantize_block<L: Lanes>(block: BlockMut<'_>, load: impl Fn(usize) -> 
         block.put_scale(f32::NAN);
         (0..block.len() / LANES).for_each(|i| block.put_codes(i, &[0; LANES], 0));
         (0..block.len() / 32).for_each(|i| block.put_sum32(i, 0));
+        block.put_sum_of_all(0);
         return;
     }
     let largest = largest.largest();
@@ -121,6 +122,7 @@ unsafe fn quantize_block<L: Lanes>(block: BlockMut<'_>, load: impl Fn(usize) -> 
     let (scale, inverse) = if largest < TINY { (0.0, 0.0) } else { (largest / 127.0, 127.0 / largest) };
     block.put_scale(scale);
     let inverse = L::splat(inverse);
+    let mut sum_of_all = 0;
     for i in 0..block.len() / 32 {
         let mut sum32 = 0;
         for h in [2 * i, 2 * i + 1] {
@@ -130,7 +132,9 @@ unsafe fn quantize_block<L: Lanes>(block: BlockMut<'_>, load: impl Fn(usize) -> 
             sum32 += sum;
         }
         block.put_sum32(i, sum32);
+        sum_of_all += sum32;
     }
+    block.put_sum_of_all(sum_of_all);
 }
 
 /// The largest d_conv that is executed; the architecture's limit.

@@ -7,6 +7,8 @@ use kestrel_formats::{Error, ErrorKind, Result};
 pub enum Isa {
     /// Plain Rust; complete, and the truth that the others are tested against.
     Scalar,
+    /// The same with Q4_K as int8 for many tokens (`kernels/as_int8.rs`): the truth of those that do so.
+    ScalarInt8,
     /// AVX2, FMA and F16C.
     Avx2,
     /// AVX-512 F, BW, DQ, VL, VBMI and VNNI.
@@ -21,7 +23,7 @@ pub enum Isa {
 const VARIABLE: &str = "KESTREL_ISA";
 
 impl Isa {
-    const ALL: [Isa; 5] = [Isa::Amx, Isa::Avx512, Isa::Neon, Isa::Avx2, Isa::Scalar]; // best first
+    const ALL: [Isa; 6] = [Isa::Amx, Isa::Avx512, Isa::Neon, Isa::Avx2, Isa::Scalar, Isa::ScalarInt8]; // best first
 
     /// The fastest one that this machine has.
     pub fn best() -> Self {
@@ -37,6 +39,7 @@ impl Isa {
     pub fn name(self) -> &'static str {
         match self {
             Self::Scalar => "scalar",
+            Self::ScalarInt8 => "scalar_int8",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
             Self::Amx => "amx",
@@ -44,10 +47,18 @@ impl Isa {
         }
     }
 
+    /// Plain Rust that gives the same bits.
+    pub fn truth(self) -> Self {
+        match self {
+            Self::Scalar | Self::Avx2 | Self::Neon => Self::Scalar,
+            Self::ScalarInt8 | Self::Avx512 | Self::Amx => Self::ScalarInt8,
+        }
+    }
+
     /// Whether this machine has it.
     pub fn supported(self) -> bool {
         match self {
-            Self::Scalar => true,
+            Self::Scalar | Self::ScalarInt8 => true,
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => {
                 is_x86_feature_detected!("avx2")

@@ -18,6 +18,7 @@
 #![allow(clippy::needless_range_loop)]
 
 mod acts;
+mod as_int8;
 mod beside;
 mod blocks;
 mod compute;

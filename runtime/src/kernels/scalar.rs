@@ -135,7 +135,15 @@ pub(super) fn fused(a: f32, b: f32, c: f32) -> f32 {
 /// # Safety
 /// [`super::matmul::Matmul`].
 pub(crate) unsafe fn int_matmul(job: &Job<'_>, _scratch: &mut Scratch) {
-    blocks::int_matmul(job, quads);
+    blocks::int_matmul::<false>(job, quads);
+}
+
+/// The same with Q4_K as int8 for many tokens.
+///
+/// # Safety
+/// [`super::matmul::Matmul`].
+pub(crate) unsafe fn int8_matmul(job: &Job<'_>, _scratch: &mut Scratch) {
+    blocks::int_matmul::<true>(job, quads);
 }
 
 /// Sums of four products each.

@@ -39,6 +39,7 @@ pub struct Kernels {
 pub fn kernels(isa: Isa) -> &'static Kernels {
     match isa {
         _ if !isa.supported() => &SCALAR,
+        Isa::ScalarInt8 => &SCALAR_INT8,
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => &AVX2,
         #[cfg(target_arch = "x86_64")]
@@ -162,6 +163,7 @@ macro_rules! kernels {
 }
 
 kernels!(SCALAR, Isa::Scalar, scalar::Scalar, scalar::int_matmul, None);
+kernels!(SCALAR_INT8, Isa::ScalarInt8, scalar::Scalar, scalar::int8_matmul, None);
 #[cfg(target_arch = "x86_64")]
 kernels!(
     AVX2,

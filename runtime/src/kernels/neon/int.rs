@@ -15,7 +15,7 @@ use std::arch::asm;
 #[target_feature(enable = "neon,dotprod")]
 pub(crate) unsafe fn int_matmul(job: &Job<'_>, _scratch: &mut Scratch) {
     // SAFETY: the instruction set is that of this function.
-    blocks::int_matmul(job, |w, x| unsafe { quads(w, x) });
+    blocks::int_matmul::<false>(job, |w, x| unsafe { quads(w, x) });
 }
 
 /// Sums of four products each.

@@ -9,7 +9,7 @@
 
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for the instruction set and for `Matmul`'s contract alone
 
-use super::avx512::{Avx512, close, ends_block, int_rows, scale};
+use super::avx512::{AsInt8, Avx512, close, ends_block, int_rows, scale};
 use super::panel::{Format, InLarge, InSmall, Panel, STRIDE, Sweep, product};
 use super::unpack::{self, Large, Small, by_type};
 use crate::kernels::acts::Group;
@@ -61,6 +61,8 @@ pub(crate) unsafe fn int_matmul(job: &Job<'_>, scratch: &mut Scratch) {
     unsafe {
         if job.acts.n_tokens() < INT_PANEL_TOKENS {
             int_rows(job, scratch);
+        } else if job.weights.ggml() == GgmlType::Q4K {
+            as_int8(job, scratch);
         } else {
             by_type!(job.weights.ggml(), small, large, (job, scratch));
         }
@@ -77,6 +79,11 @@ unsafe fn large<F: Large>(job: &Job<'_>, scratch: &mut Scratch) {
     with_tiles::<InLarge<F>>(job, scratch);
 }
 
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
+unsafe fn as_int8(job: &Job<'_>, scratch: &mut Scratch) {
+    with_tiles::<AsInt8>(job, scratch);
+}
+
 /// The operand of ldtilecfg: rows and bytes per row of each tile (Intel's manual, volume 1, section 18.2).
 #[repr(C, align(64))]
 struct TileConfig {
@@ -85,6 +92,11 @@ struct TileConfig {
     reserved: [u8; 14],
     row_bytes: [u16; 16],
     rows: [u8; 16],
+}
+
+/// Columns of a tile of weights.
+const fn tile_cols<F: Format>() -> usize {
+    if F::SUB < 64 { F::SUB } else { 64 }
 }
 
 /// Sets the tiles up for `F`, multiplies, and leaves the thread without tile state, which the system would else save
@@ -97,10 +109,10 @@ unsafe fn with_tiles<F: Format>(job: &Job<'_>, scratch: &mut Scratch) {
         (config.rows[tile], config.row_bytes[tile]) = (16, 64); // products: row of weights, token
     }
     for tile in 4..6 {
-        (config.rows[tile], config.row_bytes[tile]) = (F::SUB as u8 / 4, 64); // activations: column / 4, token
+        (config.rows[tile], config.row_bytes[tile]) = (tile_cols::<F>() as u8 / 4, 64); // activations: column / 4, token
     }
     for tile in 6..8 {
-        (config.rows[tile], config.row_bytes[tile]) = (16, F::SUB as u16); // weights: row, column
+        (config.rows[tile], config.row_bytes[tile]) = (16, tile_cols::<F>() as u16); // weights: row, column
     }
     // SAFETY: AMX is present by the caller's promise; the configuration is a valid one of palette 1.
     unsafe { asm!("ldtilecfg [{}]", in(reg) &config, options(nostack, readonly)) };
@@ -200,20 +212,26 @@ unsafe fn multiply<F: Format, const G: usize>(
     let n = if two { 2 } else { 1 };
     let x =
         each!([std::ptr::null::<i8>(); G], j => acts[j].codes[at * LANES..][..n * F::SUB * LANES].as_ptr());
-    load::<6>(weights, STRIDE);
-    load::<4>(x[0].cast(), 64);
-    dot::<0, 6, 4>();
-    if G == 2 {
-        load::<5>(x[1].cast(), 64);
-        dot::<1, 6, 5>();
-    }
-    if two {
-        load::<7>(weights.add(F::SUB), STRIDE);
-        load::<4>(x[0].add(F::SUB * LANES).cast(), 64);
-        dot::<2, 7, 4>();
+    zero::<0>();
+    zero::<1>();
+    zero::<2>();
+    zero::<3>();
+    for k in (0..F::SUB).step_by(tile_cols::<F>()) {
+        load::<6>(weights.add(k), STRIDE);
+        load::<4>(x[0].add(k * LANES).cast(), 64);
+        dot::<0, 6, 4>();
         if G == 2 {
-            load::<5>(x[1].add(F::SUB * LANES).cast(), 64);
-            dot::<3, 7, 5>();
+            load::<5>(x[1].add(k * LANES).cast(), 64);
+            dot::<1, 6, 5>();
+        }
+        if two {
+            load::<7>(weights.add(F::SUB + k), STRIDE);
+            load::<4>(x[0].add((F::SUB + k) * LANES).cast(), 64);
+            dot::<2, 7, 4>();
+            if G == 2 {
+                load::<5>(x[1].add((F::SUB + k) * LANES).cast(), 64);
+                dot::<3, 7, 5>();
+            }
         }
     }
     store::<0>(tile(panel, i, 0));
@@ -236,12 +254,18 @@ unsafe fn load<const T: usize>(rows: *const u8, stride: usize) {
         options(nostack, readonly));
 }
 
-/// Tile `C` := `W`, four columns at a time, times `X`.
+/// Tile `C` := 0.
+#[inline(always)]
+unsafe fn zero<const C: usize>() {
+    // SAFETY: see `load`.
+    asm!("tilezero tmm{c}", c = const C, options(nostack, nomem));
+}
+
+/// Adds to tile `C` the products of `W`, four columns at a time, with `X`.
 #[inline(always)]
 unsafe fn dot<const C: usize, const W: usize, const X: usize>() {
     // SAFETY: see `load`.
-    asm!("tilezero tmm{c}", "tdpbssd tmm{c}, tmm{w}, tmm{x}", c = const C, w = const W, x = const X,
-        options(nostack, nomem));
+    asm!("tdpbssd tmm{c}, tmm{w}, tmm{x}", c = const C, w = const W, x = const X, options(nostack, nomem));
 }
 
 /// Stores tile `T` as 16 rows of 16.

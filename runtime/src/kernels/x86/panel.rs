@@ -8,6 +8,7 @@
 
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for the instruction set and for `Matmul`'s contract alone
 
+use super::few::FOUR;
 use super::unpack::{Large, Small, f16};
 use crate::kernels::acts::Group;
 use crate::kernels::lanes::Lanes;
@@ -15,6 +16,7 @@ use crate::kernels::matmul::{Job, PANEL_COLS, PANEL_ROWS, Scratch};
 use crate::kernels::memory::LANES;
 use std::arch::x86_64::*;
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 
 /// Bytes from a row of codes to the next: rows of 256 alone would share their cache sets.
 pub(super) const STRIDE: usize = PANEL_COLS + 64;
@@ -50,10 +52,26 @@ impl Panel {
         }
     }
 
+    /// Where row `r` is.
+    unsafe fn row(&self, r: usize) -> Row {
+        Row {
+            codes: self.codes.add(r * STRIDE),
+            scales: self.scales.add(r * SUBS),
+            offsets: self.offsets.add(r * SUBS),
+        }
+    }
+
     /// The sums of row `r` with the 16 tokens of group `g`.
     pub unsafe fn sums(&self, g: usize, r: usize) -> *mut f32 {
         self.sums.add((g * PANEL_ROWS + r) * LANES)
     }
+}
+
+/// A row of a panel.
+pub(super) struct Row {
+    pub codes: *mut u8,
+    pub scales: *mut f32,
+    offsets: *mut f32,
 }
 
 /// A block format as panels have it: `weight = scale(sub-block) · code + offset(sub-block)`.
@@ -66,18 +84,21 @@ pub(super) trait Format {
     const BITS: usize;
     const BIAS: u8;
     const HAS_OFFSETS: bool;
-    /// Expands `n` weights from `blocks` on; of each code `minus` is taken off.
-    unsafe fn expand(
-        blocks: *const u8,
-        n: usize,
-        minus: u8,
-        codes: *mut u8,
-        scales: *mut f32,
-        offsets: *mut f32,
-    );
-
     /// Bytes of a block, in the file.
     const BYTES: usize;
+
+    /// What is prepared for four rows together.
+    type Prepared;
+    /// Prepares columns of four rows, which begin at `blocks`.
+    unsafe fn prepare(_blocks: &[*const u8; FOUR], _to: *mut Self::Prepared) {}
+    /// Expands `n` weights from `blocks` on, those of row `i` of the four that were prepared.
+    unsafe fn expand<S: Sweep>(
+        prepared: *const Self::Prepared,
+        i: usize,
+        blocks: *const u8,
+        n: usize,
+        to: Row,
+    );
 }
 
 /// A type with blocks of 32.
@@ -94,23 +115,17 @@ impl<F: Small> Format for InSmall<F> {
     const BIAS: u8 = F::BIAS;
     const HAS_OFFSETS: bool = F::HAS_M;
     const BYTES: usize = F::BYTES;
+    type Prepared = ();
 
     #[inline(always)]
-    unsafe fn expand(
-        blocks: *const u8,
-        n: usize,
-        minus: u8,
-        codes: *mut u8,
-        scales: *mut f32,
-        offsets: *mut f32,
-    ) {
-        let minus = _mm256_set1_epi8(minus as i8);
+    unsafe fn expand<S: Sweep>(_: *const (), _: usize, blocks: *const u8, n: usize, to: Row) {
+        let minus = _mm256_set1_epi8(S::taken_off(F::BIAS) as i8);
         for b in 0..n / 32 {
             let block = blocks.add(b * F::BYTES);
-            _mm256_storeu_si256(codes.add(32 * b).cast(), _mm256_sub_epi8(F::codes(block), minus));
-            *scales.add(b) = f16(block);
+            _mm256_storeu_si256(to.codes.add(32 * b).cast(), _mm256_sub_epi8(F::codes(block), minus));
+            *to.scales.add(b) = f16(block);
             if F::HAS_M {
-                *offsets.add(b) = f16(block.add(2));
+                *to.offsets.add(b) = f16(block.add(2));
             }
         }
     }
@@ -126,21 +141,15 @@ impl<F: Large> Format for InLarge<F> {
     const BIAS: u8 = F::BIAS;
     const HAS_OFFSETS: bool = F::HAS_MINS;
     const BYTES: usize = F::BYTES;
+    type Prepared = ();
 
     #[inline(always)]
-    unsafe fn expand(
-        blocks: *const u8,
-        n: usize,
-        minus: u8,
-        codes: *mut u8,
-        scales: *mut f32,
-        offsets: *mut f32,
-    ) {
-        let minus = _mm256_set1_epi8(minus as i8);
+    unsafe fn expand<S: Sweep>(_: *const (), _: usize, blocks: *const u8, n: usize, to: Row) {
+        let minus = _mm256_set1_epi8(S::taken_off(F::BIAS) as i8);
         let n_subs = 256 / F::SUB;
         for b in 0..n / 256 {
             let block = blocks.add(b * F::BYTES);
-            let codes = codes.add(256 * b);
+            let codes = to.codes.add(256 * b);
             // One after the other by hand: as a loop it would not be unrolled, and shift by variables.
             put_codes::<F, 0>(codes, block, minus);
             put_codes::<F, 1>(codes, block, minus);
@@ -150,9 +159,9 @@ impl<F: Large> Format for InLarge<F> {
             put_codes::<F, 5>(codes, block, minus);
             put_codes::<F, 6>(codes, block, minus);
             put_codes::<F, 7>(codes, block, minus);
-            put_scaled::<F>(scales.add(b * n_subs), F::scales(block), f16(block.add(F::D)));
+            put_scaled::<F>(to.scales.add(b * n_subs), F::scales(block), f16(block.add(F::D)));
             if F::HAS_MINS {
-                put_scaled::<F>(offsets.add(b * n_subs), F::mins(block), -f16(block.add(F::DMIN)));
+                put_scaled::<F>(to.offsets.add(b * n_subs), F::mins(block), -f16(block.add(F::DMIN)));
             }
         }
     }
@@ -189,25 +198,15 @@ pub(super) trait Sweep {
 #[inline(always)]
 pub(super) unsafe fn product<F: Format, S: Sweep>(job: &Job<'_>, scratch: &mut Scratch) {
     let (n_tokens, n_groups) = (job.acts.n_tokens(), job.acts.n_groups());
+    let row_bytes = job.weights.row_bytes();
     for row0 in job.rows.clone().step_by(PANEL_ROWS) {
         let n_rows = PANEL_ROWS.min(job.rows.end - row0);
+        let rows = job.weights.bytes[row0 * row_bytes..][..n_rows * row_bytes].as_ptr();
         scratch.sums[..n_groups * PANEL_ROWS * LANES].fill(0.0);
         let panel = Panel::new(scratch);
-        // The next rows lie behind these: they are fetched while these are multiplied, a part with each row's part.
-        let mut next = job.weights.row(row0).as_ptr().wrapping_add(n_rows * job.weights.row_bytes());
         for k0 in (0..job.weights.cols).step_by(PANEL_COLS) {
             let n = PANEL_COLS.min(job.weights.cols - k0);
-            for r in 0..n_rows {
-                let blocks =
-                    job.weights.row(row0 + r)[k0 / F::BLOCK * F::BYTES..][..n / F::BLOCK * F::BYTES].as_ptr();
-                let (scales, offsets) = (panel.scales.add(r * SUBS), panel.offsets.add(r * SUBS));
-                let n_bytes = n / F::BLOCK * F::BYTES;
-                for line in 0..n_bytes.div_ceil(64) {
-                    _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(64 * line).cast());
-                }
-                next = next.wrapping_add(n_bytes);
-                F::expand(blocks, n, S::taken_off(F::BIAS), panel.codes.add(r * STRIDE), scales, offsets);
-            }
+            fill::<F, S>(&panel, rows.add(k0 / F::BLOCK * F::BYTES), row_bytes, n_rows, n);
             S::sweep::<F>(&panel, job, n_rows, k0, n);
         }
         for (half, row) in (row0..row0 + n_rows).step_by(LANES).enumerate() {
@@ -222,9 +221,39 @@ pub(super) unsafe fn product<F: Format, S: Sweep>(job: &Job<'_>, scratch: &mut S
     }
 }
 
+/// Expands `n` columns of `n_rows` rows, the first of which begin at `blocks`.
+#[inline(always)]
+unsafe fn fill<F: Format, S: Sweep>(
+    panel: &Panel,
+    blocks: *const u8,
+    row_bytes: usize,
+    n_rows: usize,
+    n: usize,
+) {
+    // All are prepared first, so that none waits for the one before it.
+    let mut prepared = [const { MaybeUninit::<F::Prepared>::uninit() }; PANEL_ROWS / FOUR];
+    for (i, prepared) in prepared[..n_rows.div_ceil(FOUR)].iter_mut().enumerate() {
+        // Of rows that do not exist, the last again.
+        let four = each!([blocks; FOUR], j => blocks.add((FOUR * i + j).min(n_rows - 1) * row_bytes));
+        F::prepare(&four, prepared.as_mut_ptr());
+    }
+    for r in 0..n_rows {
+        let blocks = blocks.add(r * row_bytes);
+        // The same columns of the next rows are fetched while these are multiplied.
+        for line in 0..(n / F::BLOCK * F::BYTES).div_ceil(64) {
+            _mm_prefetch::<_MM_HINT_T1>(blocks.wrapping_add(n_rows * row_bytes + 64 * line).cast());
+        }
+        F::expand::<S>(prepared[r / FOUR].as_ptr(), r % FOUR, blocks, n, panel.row(r));
+    }
+}
+
 /// Sums of the codes of sub-block `sub` of `F`, of all tokens of a group.
 #[inline(always)]
 pub(super) unsafe fn sums_of<F: Format>(group: &Group<'_>, sub: usize) -> *const i32 {
-    let sums = if F::SUB == 16 { group.sums16 } else { group.sums32 };
+    let sums = match F::SUB {
+        16 => group.sums16,
+        32 => group.sums32,
+        _ => group.sums256,
+    };
     sums[sub * LANES..][..LANES].as_ptr()
 }

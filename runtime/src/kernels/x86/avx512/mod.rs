@@ -1,11 +1,13 @@
 //! AVX-512 with VNNI.
 
+mod as_int8;
 mod lanes;
 mod panel;
 mod rows;
 mod scales;
 mod wide;
 
+pub(super) use as_int8::AsInt8;
 pub(crate) use lanes::Avx512;
 pub(super) use panel::{close, ends_block, scale};
 
@@ -24,6 +26,8 @@ pub(crate) unsafe fn int_matmul(job: &Job<'_>, scratch: &mut Scratch) {
     unsafe {
         if job.acts.n_tokens() < INT_PANEL_TOKENS {
             int_rows(job, scratch);
+        } else if job.weights.ggml() == GgmlType::Q4K {
+            panel::as_int8(job, scratch);
         } else {
             by_type!(job.weights.ggml(), small, large, (job, scratch));
         }

@@ -7,6 +7,7 @@
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for the instruction set and for `Matmul`'s contract alone
 
 use super::Avx512;
+use super::as_int8::AsInt8;
 use crate::kernels::acts::Group;
 use crate::kernels::matmul::{Job, Scratch};
 use crate::kernels::memory::LANES;
@@ -22,6 +23,11 @@ pub(super) unsafe fn small<F: Small>(job: &Job<'_>, scratch: &mut Scratch) {
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
 pub(super) unsafe fn large<F: Large>(job: &Job<'_>, scratch: &mut Scratch) {
     product::<InLarge<F>, Vnni>(job, scratch);
+}
+
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
+pub(super) unsafe fn as_int8(job: &Job<'_>, scratch: &mut Scratch) {
+    product::<AsInt8, Vnni>(job, scratch);
 }
 
 struct Vnni;
