@@ -3,7 +3,7 @@
 //!     cargo bench -p kestrel-runtime -- [filter]
 //!
 //! The matrix has a quarter of ssm_in's rows. Up to four tokens the weights are what costs: several copies of the
-//! matrix, together larger than a cache, are used in turn, and the figure is their bytes. From nine tokens on it is
+//! matrix, together larger than a cache, are used in turn, and the figure is their bytes. From eight tokens on it is
 //! multiply-adds. `KESTREL_ISA` forces an instruction set and `KESTREL_BENCH_THREADS` a number of threads.
 #![forbid(unsafe_code)]
 #![allow(missing_docs)]
@@ -177,7 +177,7 @@ fn products(read: &mut Criterion<Speed>, int8: &mut Criterion<Speed>, f32: &mut 
             compute.norm(&noise(tokens * D_MODEL), &[1.0; D_MODEL], 1e-5, kind, &mut acts);
             let mut out = vec![0.0; tokens * ROWS];
             let (criterion, amount) = match (tokens, kind) {
-                (1..=8, _) => (&mut *read, matrices.n_bytes()),
+                (1..=4, _) => (&mut *read, matrices.n_bytes()),
                 (_, ActKind::F32) => (&mut *f32, ROWS * D_MODEL * tokens),
                 _ => (&mut *int8, ROWS * D_MODEL * tokens),
             };

@@ -185,7 +185,7 @@ fn tolerances(isa: Isa, m: &MatrixRef<'_>, r: usize, acts: &Acts) -> Vec<f64> {
     if isa.truth() != Isa::ScalarInt8
         || m.dtype != ty
         || acts.kind() != ActKind::Q8x256
-        || acts.n_tokens() < 9
+        || acts.n_tokens() < 8
     {
         return vec![0.0; m.cols];
     }

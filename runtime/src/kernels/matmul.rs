@@ -168,7 +168,7 @@ impl Scratch {
 }
 
 /// From this many tokens on, weights are expanded into a panel that all tokens share; with int8 activations.
-pub(crate) const INT_PANEL_TOKENS: usize = 9;
+pub(crate) const INT_PANEL_TOKENS: usize = 8;
 /// The same with f32 activations.
 pub(crate) const F32_PANEL_TOKENS: usize = 4;
 

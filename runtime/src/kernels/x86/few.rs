@@ -12,14 +12,12 @@ use std::arch::x86_64::*;
 use std::sync::atomic::{Ordering, compiler_fence};
 
 /// Tokens that share unpacked codes at most.
-pub(super) const TOKENS: usize = 8;
+pub(super) const TOKENS: usize = 4;
 /// Blocks that are prepared together.
 pub(super) const FOUR: usize = 4;
 
 /// A product with few tokens.
 pub(super) trait Few {
-    /// Tokens that share unpacked codes at most: 4 or [`TOKENS`], as registers allow.
-    const TOKENS: usize;
     /// Rows that are multiplied together.
     const ROWS: usize;
 
@@ -46,14 +44,12 @@ pub(super) unsafe fn walk<F: Few>(few: &F, job: &Job<'_>) {
             let n = match job.acts.n_tokens() - t {
                 1 => 1,
                 2 | 3 => 2,
-                4..8 => 4,
-                _ => F::TOKENS,
+                _ => TOKENS,
             };
             for r in (0..n_rows).step_by(F::ROWS) {
                 match n {
                     1 => few.product::<1>(job, row0 + r, t, &mut out, r),
                     2 => few.product::<2>(job, row0 + r, t, &mut out, r),
-                    4 => few.product::<4>(job, row0 + r, t, &mut out, r),
                     _ => few.product::<TOKENS>(job, row0 + r, t, &mut out, r),
                 }
             }

@@ -39,7 +39,6 @@ struct SmallSums {
 }
 
 impl<F: Two> Few for SmallRow<F> {
-    const TOKENS: usize = 4;
     const ROWS: usize = 1;
 
     #[inline(always)]
@@ -165,7 +164,6 @@ struct LargeSums {
 }
 
 impl<F: Narrow> Few for LargeRow<F> {
-    const TOKENS: usize = 4;
     const ROWS: usize = 1;
 
     #[inline(always)]

@@ -158,7 +158,6 @@ struct SmallSums {
 }
 
 impl<F: Four> Few for Small<F> {
-    const TOKENS: usize = TOKENS;
     const ROWS: usize = 1;
 
     #[inline(always)]
@@ -294,7 +293,6 @@ struct LargeSums<const T: usize, const R: usize> {
 }
 
 impl<F: Wide, const R: usize> Few for Large<F, R> {
-    const TOKENS: usize = TOKENS;
     const ROWS: usize = R;
 
     #[inline(always)]
