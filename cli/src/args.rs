@@ -31,7 +31,7 @@ Exit status:
   0 done, 2 bad input or usage, 3 I/O error, 4 resource limit, 70 a bug in kestrel, 130 interrupted
 
 Environment:
-  KESTREL_ISA  forces an instruction set: scalar, avx2, avx512 or neon";
+  KESTREL_ISA  forces an instruction set: scalar, scalar_int8, avx2, avx512, amx or neon";
 
 #[derive(Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
 pub enum ErrorFormat {
