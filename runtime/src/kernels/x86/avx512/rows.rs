@@ -202,11 +202,11 @@ unsafe fn f16_four<F: Four>(p: &[*const u8; FOUR], at: usize, n: usize) -> __m12
     super::wide::f16_four(p, at)
 }
 
-/// Four numbers, each in four lanes.
+/// Numbers `j..j + 4`, each in four lanes.
 #[inline(always)]
-unsafe fn spread_four(x: __m128) -> __m512 {
+unsafe fn spread_four(x: __m512, j: usize) -> __m512 {
     let quarters = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    _mm512_permutexvar_ps(quarters, _mm512_castps128_ps512(x))
+    _mm512_permutexvar_ps(_mm512_add_epi32(quarters, _mm512_set1_epi32(j as i32)), x)
 }
 
 /// Blocks `b..b + n`, at most 16, the first of them at `p`.
@@ -226,7 +226,8 @@ unsafe fn small_blocks<F: Four, const T: usize>(
         let codes = F::four(&p);
         for i in 0..T {
             let scales = _mm_maskz_loadu_ps(mask_of(n), x[i].scales.add(b));
-            add_four::<F>(codes, spread_four(_mm_mul_ps(d, scales)), &x[i], b, &mut sums[i]);
+            let factors = _mm512_castps128_ps512(_mm_mul_ps(d, scales));
+            add_four::<F>(codes, spread_four(factors, 0), &x[i], b, &mut sums[i]);
         }
         if F::HAS_M {
             let m = f16_four::<F>(&p, 2, n);
@@ -256,11 +257,8 @@ unsafe fn beside_blocks<F: Four, const T: usize>(
         let p = p.add(j * F::BYTES);
         fetch_ahead(p, FOUR * F::BYTES, 0, 1);
         let codes = F::four(&four_blocks(p, F::BYTES, FOUR));
-        let quarters = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-        let which = _mm512_add_epi32(quarters, _mm512_set1_epi32(j as i32));
         for i in 0..T {
-            let factors = _mm512_permutexvar_ps(which, factors[i]);
-            add_four::<F>(codes, factors, &x[i], b + j, &mut sums[i]);
+            add_four::<F>(codes, spread_four(factors[i], j), &x[i], b + j, &mut sums[i]);
         }
     }
 }
