@@ -16,7 +16,8 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-/// Heap that a command may take to read an input, beside a multiple of its size.
+/// Heap that a command may take to read an input, as a multiple of its size and beside that.
+const HEAP_FACTOR: u64 = 2;
 const HEAP_BYTES: u64 = 1 << 20;
 /// And what one may take that goes on to compute: buffers of the runtime and of the tokenizer, and what a chat template
 /// may make.
@@ -233,7 +234,7 @@ fn computes(case: &Case) -> bool {
 fn as_expected(case: &Case, end: &End, input_bytes: u64) -> Result<(), String> {
     clean(case.action, end)?;
     let base = if computes(case) { WORKING_HEAP_BYTES } else { HEAP_BYTES };
-    let budget = base + case.heap_factor * input_bytes;
+    let budget = base + HEAP_FACTOR * input_bytes;
     if end.heap_bytes > budget {
         return Err(format!("{} bytes of heap for an input of {input_bytes}", end.heap_bytes));
     }

@@ -770,6 +770,36 @@ fn a_text_that_is_not_utf8_is_an_error_with_its_place() {
     assert_eq!(error(args!["tokenize", tiny(), "-f", folder.path("none")])["exit_status"], 3);
 }
 
+/// `kestrel perplexity -f <(…)` and the like. A text may come from a pipe, as with any Unix tool, and so a pipe without a
+/// writer is waited for; models and whatever else is mapped may not (G98 and X95 in the table of bad inputs).
+#[test]
+fn a_text_may_come_from_a_pipe_but_not_without_end() {
+    let folder = Folder::new("text-pipe");
+    let pipe = folder.path("pipe");
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let writer = std::thread::spawn({
+        let pipe = pipe.clone();
+        move || std::fs::write(pipe, "Once upon a time").unwrap()
+    });
+    let of_pipe = ok(kestrel(args!["tokenize", tiny(), "-f", pipe]));
+    writer.join().unwrap();
+    assert_eq!(of_pipe, ok(kestrel(args!["tokenize", tiny(), "-p", "Once upon a time"])));
+
+    let zeros = Path::new("/dev/zero");
+    for args in [
+        args!["tokenize", tiny(), "-f", zeros],
+        args!["run", tiny(), "-f", zeros],
+        args!["perplexity", tiny(), "-f", zeros],
+        args!["imatrix", tiny(), "-f", zeros, "-o", folder.path("x")],
+        args!["calibrate", tiny(), "-f", zeros, "-o", folder.path("x")],
+        args!["eval", tiny(), "--requests", zeros],
+    ] {
+        let shown = format!("{args:?}");
+        assert_eq!(error(args)["kind"], "Limit", "{shown}");
+    }
+    assert_eq!(folder.names(), ["pipe"]);
+}
+
 #[test]
 fn a_token_outside_the_vocabulary_is_an_error_and_writes_nothing() {
     let folder = Folder::new("vocab");

@@ -174,7 +174,7 @@ impl Input {
                 dtype: t.dtype,
                 shape: (spec.shape)(&h).iter().map(|&n| n as u64).collect(),
                 place: Place { file: t.place.shard, offset: t.place.offset, n_bytes: t.place.n_bytes },
-                state: t.state.clone(),
+                state: t.state.as_deref().cloned(),
                 transform: match spec.transform {
                     Transform::RmsEpsScale if h.x_proj_scale() == 1.0 => Transform::None,
                     other => other,

@@ -172,6 +172,20 @@ pub fn spec(role: Role) -> &'static TensorSpec {
     &TENSORS[TENSORS.iter().position(|t| t.role == role).expect("every role has a row")]
 }
 
+/// Whether a checkpoint of `n_layer` layers can have a tensor of this name.
+pub fn is_hf_name(name: &str, n_layer: usize) -> bool {
+    TENSORS.iter().any(|t| match t.hf.split_once("{}") {
+        None => t.hf == name,
+        Some((before, after)) => {
+            let layer = name.strip_prefix(before).and_then(|rest| rest.strip_suffix(after));
+            layer.is_some_and(|text| {
+                let plain = text == "0" || !text.starts_with(['0', '+']);
+                plain && text.parse().is_ok_and(|layer: usize| layer < n_layer)
+            })
+        }
+    })
+}
+
 /// Every (row, layer) of a model in file order. `tied` leaves out the output matrix, which is then the embedding.
 pub fn tensors(h: &HyperParams, tied: bool) -> Vec<(&'static TensorSpec, usize)> {
     let outer =
@@ -208,6 +222,17 @@ mod tests {
         assert_eq!(all.len(), 643);
         let n: usize = all.iter().map(|(t, _)| (t.shape)(&FALCON_7B).iter().product::<usize>()).sum();
         assert_eq!(n, 7_272_665_088);
+    }
+
+    #[test]
+    fn names_of_a_model_are_known_and_no_others() {
+        for (t, layer) in tensors(&FALCON_7B, false) {
+            assert!(is_hf_name(&t.hf_name(layer), 64), "{}", t.hf_name(layer));
+        }
+        for layer in ["64", "00", "01", "+1", "-1", "", "99999999999999999999"] {
+            assert!(!is_hf_name(&format!("backbone.layers.{layer}.mixer.D"), 64), "{layer}");
+        }
+        assert!(!is_hf_name("backbone.layers.0.mixer.D.absmax", 64) && !is_hf_name("", 64));
     }
 
     #[test]

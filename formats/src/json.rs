@@ -3,23 +3,44 @@
 //! serde's own errors are text. A visitor that knows better leaves its [`Error`] in a [`Fault`] before it stops the
 //! parser, and [`Fault::finish`] prefers that error to the parser's.
 
-use crate::limits::JSON_DEPTH_MAX;
+use crate::limits::{JSON_DEPTH_MAX, JSON_HEAP_BYTES};
 use crate::{Error, ErrorKind, Result};
-use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
+use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::fmt;
 use std::path::Path;
 
-/// Where a visitor leaves its error.
+/// Where a visitor leaves its error, and what values may still take of memory.
 #[derive(Default)]
-pub(crate) struct Fault(RefCell<Option<Error>>);
+pub(crate) struct Fault {
+    error: RefCell<Option<Error>>,
+    heap_left: Cell<u64>,
+    /// A field of the outermost object that nobody asks for, and that is not kept.
+    unused: Option<&'static str>,
+}
 
 impl Fault {
     /// Keeps the first `error` and gives the parser something to stop with.
     pub(crate) fn raise<E: de::Error>(&self, error: Error) -> E {
-        self.0.borrow_mut().get_or_insert(error);
+        self.error.borrow_mut().get_or_insert(error);
         E::custom("stopped")
+    }
+
+    /// Accounts for so many bytes of a [`Value`]: `[1,1,…]` takes thirty times its text, `[{"a":1},…]` ninety times.
+    fn spend<E: de::Error>(&self, n_bytes: usize) -> std::result::Result<(), E> {
+        let left = self.heap_left.get().checked_sub(n_bytes as u64).ok_or_else(|| {
+            self.raise::<E>(
+                Error::new(ErrorKind::Limit)
+                    .what("JSON")
+                    .expected(format!(
+                        "values that fit the text's size and {JSON_HEAP_BYTES} bytes of memory"
+                    ))
+                    .found("more"),
+            )
+        })?;
+        self.heap_left.set(left);
+        Ok(())
     }
 
     /// Deserializes the whole of `bytes`, a JSON text that starts at `base` in `path`.
@@ -30,11 +51,12 @@ impl Fault {
         base: u64,
         seed: S,
     ) -> Result<S::Value> {
+        self.heap_left.set(JSON_HEAP_BYTES.saturating_add(bytes.len() as u64));
         let mut parser = serde_json::Deserializer::from_slice(bytes);
         let result = seed.deserialize(&mut parser).and_then(|value| parser.end().map(|()| value));
         result.map_err(|e| {
             let offset = base.saturating_add(byte_offset(bytes, &e));
-            match self.0.take() {
+            match self.error.take() {
                 Some(error) => error.file(path).at(offset),
                 None => Error::new(ErrorKind::BadJson).file(path).at(offset).expected("valid JSON").found(e),
             }
@@ -53,15 +75,23 @@ fn byte_offset(bytes: &[u8], error: &serde_json::Error) -> u64 {
     (line_start + error.column().saturating_sub(1)).min(bytes.len()) as u64
 }
 
-/// Parses a whole file's JSON. Duplicate keys anywhere and nesting deeper than 64 are refused.
-pub(crate) fn parse(bytes: &[u8], path: &Path) -> Result<Value> {
-    let fault = Fault::default();
-    fault.parse(bytes, path, 0, Strict { fault: &fault, depth: 0 })
+/// Parses a whole file's JSON, an object. Duplicate keys anywhere, nesting deeper than 64 and values that take much more
+/// memory than their text are refused.
+pub(crate) fn parse_object(bytes: &[u8], path: &Path) -> Result<Map<String, Value>> {
+    object(&Fault::default(), bytes, path)
 }
 
-/// As [`parse`], and the value must be an object.
-pub(crate) fn parse_object(bytes: &[u8], path: &Path) -> Result<Map<String, Value>> {
-    match parse(bytes, path)? {
+/// As [`parse_object`], without a field that nobody asks for and that may be large.
+pub(crate) fn parse_object_without(
+    unused: &'static str,
+    bytes: &[u8],
+    path: &Path,
+) -> Result<Map<String, Value>> {
+    object(&Fault { unused: Some(unused), ..Fault::default() }, bytes, path)
+}
+
+fn object(fault: &Fault, bytes: &[u8], path: &Path) -> Result<Map<String, Value>> {
+    match fault.parse(bytes, path, 0, Strict { fault, depth: 0 })? {
         Value::Object(map) => Ok(map),
         other => {
             Err(Error::new(ErrorKind::BadJson).file(path).expected("a JSON object").found(describe(&other)))
@@ -88,6 +118,18 @@ pub(crate) fn shorten(text: &str) -> String {
         out.push('…');
     }
     out
+}
+
+/// What an object takes with its first entry: a hash table, and room for four entries.
+const OBJECT_BYTES: usize = 64 + 4 * size_of::<(u64, String, Value)>();
+/// What an entry takes at most beside its key's text, while the object moves to a place twice as large.
+const ENTRY_BYTES: usize = 3 * size_of::<(u64, String, Value)>() + 32;
+/// What an element takes at most, while a vector moves to one twice as large.
+const ELEMENT_BYTES: usize = 3 * size_of::<Value>();
+
+/// What a text takes, and the smallest piece of memory that an allocator hands out.
+fn text_bytes(text: &str) -> usize {
+    text.len().max(24)
 }
 
 /// Builds a [`Value`] and refuses duplicate keys and deep nesting.
@@ -146,7 +188,8 @@ impl<'de> Visitor<'de> for Strict<'_> {
         Ok(Value::from(x))
     }
 
-    fn visit_str<E>(self, x: &str) -> std::result::Result<Value, E> {
+    fn visit_str<E: de::Error>(self, x: &str) -> std::result::Result<Value, E> {
+        self.fault.spend(text_bytes(x))?;
         Ok(Value::String(x.to_owned()))
     }
 
@@ -154,6 +197,7 @@ impl<'de> Visitor<'de> for Strict<'_> {
         let inner = self.deeper()?;
         let mut out = Vec::new();
         while let Some(value) = seq.next_element_seed(inner)? {
+            self.fault.spend(ELEMENT_BYTES)?;
             out.push(value);
         }
         Ok(Value::Array(out))
@@ -169,7 +213,13 @@ impl<'de> Visitor<'de> for Strict<'_> {
             if out.contains_key(&key) {
                 return Err(self.fault.raise(duplicate_key(&key)));
             }
+            if self.depth == 0 && self.fault.unused == Some(key.as_str()) {
+                map.next_value::<IgnoredAny>()?;
+                continue;
+            }
             let value = map.next_value_seed(inner)?;
+            let object = if out.is_empty() { OBJECT_BYTES } else { 0 };
+            self.fault.spend(object + ENTRY_BYTES + text_bytes(&key))?;
             out.insert(key, value);
         }
         Ok(Value::Object(out))
@@ -203,6 +253,11 @@ pub(crate) fn duplicate_key(key: &str) -> Error {
 mod tests {
     use super::*;
 
+    fn parse(bytes: &[u8], path: &Path) -> Result<Value> {
+        let fault = Fault::default();
+        fault.parse(bytes, path, 0, Strict { fault: &fault, depth: 0 })
+    }
+
     fn kind(text: &str) -> (ErrorKind, Option<u64>) {
         let e = parse(text.as_bytes(), Path::new("x.json")).expect_err("malformed");
         (e.kind(), e.details().offset)
@@ -217,6 +272,11 @@ mod tests {
         assert_eq!(kind("\u{feff}{}").0, ErrorKind::BadJson);
         assert_eq!(kind("\"\\ud800\"").0, ErrorKind::BadJson);
         assert_eq!(kind(&"[".repeat(200_000)).0, ErrorKind::Limit);
+        for text in ["1", "[]", "{}", "\"\"", "[1]", "{\"a\":1}"] {
+            let (few, many) = (vec![text; 500], vec![text; 20_000]);
+            assert!(parse(format!("[{}]", few.join(",")).as_bytes(), Path::new("x.json")).is_ok(), "{text}");
+            assert_eq!(kind(&format!("[{}]", many.join(","))).0, ErrorKind::Limit, "{text}");
+        }
         let at_the_limit = format!("{}{}", "[".repeat(JSON_DEPTH_MAX), "]".repeat(JSON_DEPTH_MAX));
         assert!(parse(at_the_limit.as_bytes(), Path::new("x.json")).is_ok());
     }

@@ -18,8 +18,13 @@ pub const GGUF_ALIGNMENT_MAX: u32 = 1 << 20;
 pub const GGUF_METADATA_BYTES_MAX: u64 = 256 << 20;
 /// Files of a split GGUF.
 pub const GGUF_SPLIT_MAX: u32 = 1024;
-/// Bytes of a safetensors header. The format allows 100 MB; 65536 tensors need less than this.
+/// Bytes of a safetensors header. The format allows 100 MB; 8192 tensors need less than this.
 pub const SAFETENSORS_HEADER_BYTES_MAX: u64 = 16 << 20;
+/// Tensors of a checkpoint, in one safetensors file or in its index. Falcon Mamba 7B has 2,193 if bitsandbytes quantized it, scales included; 65,536 entries
+/// would take several times the bytes of their text.
+pub const CHECKPOINT_TENSORS_MAX: u64 = 8192;
+/// Tensors in one safetensors file that the model cannot have, before the rest of the file is not looked at.
+pub const SAFETENSORS_UNKNOWN_MAX: u64 = 64;
 /// Dimensions of a safetensors tensor.
 pub const SAFETENSORS_DIMS_MAX: usize = 8;
 /// Bytes of a safetensors tensor name.
@@ -28,10 +33,15 @@ pub const SAFETENSORS_NAME_BYTES_MAX: usize = 1024;
 pub const CONFIG_BYTES_MAX: u64 = 4 << 20;
 /// Bytes of model.safetensors.index.json.
 pub const INDEX_BYTES_MAX: u64 = 64 << 20;
+/// Fields of model.safetensors.index.json; it has two.
+pub const INDEX_FIELDS_MAX: usize = 64;
 /// Bytes of tokenizer.json; Falcon's with list merges is 4.6 MB.
 pub const TOKENIZER_BYTES_MAX: u64 = 128 << 20;
 /// Nesting of any JSON that is read.
 pub const JSON_DEPTH_MAX: usize = 64;
+/// Memory that the values of a JSON text may take beside as many bytes as the text has. Those of a config.json
+/// take some 10 KiB.
+pub const JSON_HEAP_BYTES: u64 = 640 << 10;
 /// Tokens in a vocabulary.
 pub const VOCAB_MAX: u64 = 4 << 20;
 /// Merges of a BPE tokenizer.

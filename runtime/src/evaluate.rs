@@ -23,9 +23,10 @@ pub fn log_softmax(logits: &[f32], out: &mut [f64]) {
     assert_eq!(logits.len(), out.len());
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let sum: f64 = logits.iter().map(|&l| f64::from(l - max).exp()).sum();
-    let normalizer = f64::from(max) + sum.ln();
+    // Not l - (max + ln sum), which is 0 for several tokens at once where max is so large that adding does not change it.
+    let log_sum = sum.ln();
     for (o, &l) in out.iter_mut().zip(logits) {
-        *o = f64::from(l) - normalizer;
+        *o = f64::from(l) - f64::from(max) - log_sum;
     }
 }
 
@@ -220,6 +221,9 @@ mod tests {
         log_softmax(&[1000.0, 1001.0, 999.0], &mut out);
         close(out.iter().map(|l| l.exp()).sum(), 1.0);
         close(out[1] - out[0], 1.0);
+        // So large that adding ln 2 changes nothing: the fuzz target kl_base found two tokens of probability 1.
+        log_softmax(&[6e23, 0.0, 6e23], &mut out);
+        close(out.iter().map(|l| l.exp()).sum(), 1.0);
     }
 
     #[test]

@@ -15,7 +15,7 @@ use super::folder::read_exact_at;
 use super::{Place, RawTensor, Shard, SourceTensor, describe_tensor, dtype_of};
 use crate::json::{Fault, Strict, describe, shorten};
 use crate::limits::{BNB_BLOCKSIZES, QUANT_STATE_BYTES_MAX};
-use crate::{Error, ErrorKind, GgmlType, Result, WeightType};
+use crate::{Error, ErrorKind, GgmlType, Result, WeightType, arch};
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 use std::collections::BTreeMap;
@@ -143,11 +143,16 @@ fn owner(name: &str) -> Option<String> {
     Some(format!("{module}.weight"))
 }
 
+/// Whether a checkpoint of `n_layer` layers can have a tensor of this name, as it is or in bitsandbytes' parts.
+pub(super) fn is_known(name: &str, n_layer: usize) -> bool {
+    arch::is_hf_name(name, n_layer) || owner(name).is_some_and(|owner| arch::is_hf_name(&owner, n_layer))
+}
+
 /// Puts codes, scales and tables together; every other tensor stays what it is.
 pub(super) fn assemble(raw: &[RawTensor], shards: &[Shard]) -> Result<Vec<SourceTensor>> {
     let by_name = raw.iter().map(|t| (t.name.as_str(), t)).collect();
     let parts = Parts { by_name, shards };
-    let mut out = Vec::with_capacity(raw.len());
+    let mut out = Vec::with_capacity(raw.iter().filter(|t| owner(&t.name).is_none()).count());
     for t in raw {
         match owner(&t.name) {
             None => out.push(parts.tensor(t)?),
@@ -218,7 +223,7 @@ impl Parts<'_> {
                 return Ok(SourceTensor::new(t, dtype.into(), t.shape.clone(), None));
             }
         };
-        Ok(SourceTensor::new(t, dtype, shape, Some(state)))
+        Ok(SourceTensor::new(t, dtype, shape, Some(Box::new(state))))
     }
 
     fn four_bit(

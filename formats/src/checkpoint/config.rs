@@ -166,6 +166,11 @@ impl Config {
         }
     }
 
+    /// Layers, if config.json says it well; else as many as a model may have, since [`Self::hyperparams`] will tell.
+    pub(super) fn n_layer_at_most(&self) -> usize {
+        self.required(&["num_hidden_layers", "n_layer"], LAYERS_MAX).unwrap_or(LAYERS_MAX as usize)
+    }
+
     /// The hyperparameters, with what was noteworthy about them. `has_lm_head` tells whether the files hold
     /// lm_head.weight, `d_inner_of_files` what width the first layer's A_log has, if there is one.
     pub(super) fn hyperparams(

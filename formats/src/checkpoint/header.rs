@@ -9,17 +9,23 @@
 use super::folder::{Opened, read_exact_at};
 use crate::json::{Fault, Strict, duplicate_key, shorten};
 use crate::limits::{
-    SAFETENSORS_DIMS_MAX, SAFETENSORS_HEADER_BYTES_MAX, SAFETENSORS_NAME_BYTES_MAX, TENSORS_MAX,
+    CHECKPOINT_TENSORS_MAX, SAFETENSORS_DIMS_MAX, SAFETENSORS_HEADER_BYTES_MAX, SAFETENSORS_NAME_BYTES_MAX,
+    SAFETENSORS_UNKNOWN_MAX,
 };
 use crate::{Error, ErrorKind, Result};
 use safetensors::Dtype;
 use safetensors::tensor::TensorInfo;
-use serde::de::{self, DeserializeSeed, Deserializer, IntoDeserializer, MapAccess, SeqAccess, Visitor};
+use serde::de::{
+    self, DeserializeSeed, Deserializer, IgnoredAny, IntoDeserializer, MapAccess, SeqAccess, Visitor,
+};
 use std::fmt;
 use std::path::Path;
 
 /// The length field in front of the header.
 const LENGTH_BYTES: u64 = 8;
+
+/// The key of the header that is no tensor.
+const METADATA: &str = "__metadata__";
 
 /// A validated header.
 #[derive(Debug)]
@@ -32,7 +38,10 @@ pub(super) struct Header {
 }
 
 /// Reads and validates the header of an opened file: no hole, no overlap, no byte that belongs to no tensor.
-pub(super) fn read(opened: &Opened) -> Result<Header> {
+///
+/// `is_known` tells which names the model can have. A header that lists more than a few others is refused before anything
+/// of it is kept: a short entry takes more memory than its text.
+pub(super) fn read(opened: &Opened, is_known: &dyn Fn(&str) -> bool) -> Result<Header> {
     let Opened { path, file, n_bytes } = opened;
     let mut start = [0u8; 512];
     let n = start.len().min(usize::try_from(*n_bytes).unwrap_or(usize::MAX));
@@ -41,17 +50,32 @@ pub(super) fn read(opened: &Opened) -> Result<Header> {
     let header_bytes = header_length(start, *n_bytes).map_err(|e| e.file(path))?;
     let mut header = vec![0; header_bytes as usize];
     read_exact_at(file, path, LENGTH_BYTES, &mut header)?;
-    parse(&header, *n_bytes, path)
+    let parsed = parse(&header, path, is_known)?;
+    drop(header); // Its tables are about as large.
+    check(&parsed, *n_bytes).map_err(|e| e.file(path))?;
+    Ok(parsed)
 }
 
-/// Validates the JSON of a header of a file of `file_bytes`.
-fn parse(header: &[u8], file_bytes: u64, path: &Path) -> Result<Header> {
+/// Parses the JSON of a header.
+fn parse(header: &[u8], path: &Path, is_known: &dyn Fn(&str) -> bool) -> Result<Header> {
     let fault = Fault::default();
-    let mut parsed = fault.parse(header, path, LENGTH_BYTES, HeaderSeed { fault: &fault })?;
+    let mut n_entries = 0;
+    let census = Census { fault: &fault, is_known, n_entries: &mut n_entries };
+    match fault.parse(header, path, LENGTH_BYTES, census) {
+        // What is wrong with the JSON is told better below.
+        Err(e) if !matches!(e.kind(), ErrorKind::Limit | ErrorKind::Unexpected) => {}
+        other => other?,
+    }
+    let fault = Fault::default();
+    let mut parsed = fault.parse(header, path, LENGTH_BYTES, HeaderSeed { fault: &fault, n_entries })?;
     parsed.data_start = LENGTH_BYTES + header.len() as u64;
-    check_names(&parsed.tensors).map_err(|e| e.file(path))?;
-    check_extents(&parsed, file_bytes).map_err(|e| e.file(path))?;
     Ok(parsed)
+}
+
+/// Whether names and extents of a parsed header are right for a file of `file_bytes`.
+fn check(header: &Header, file_bytes: u64) -> Result<()> {
+    check_names(&header.tensors)?;
+    check_extents(header, file_bytes)
 }
 
 /// The tensors of a whole safetensors file in memory, as its header lists them. `path` names it in errors.
@@ -59,7 +83,9 @@ pub fn safetensors_tensors(file: &[u8], path: &Path) -> Result<Vec<(String, Tens
     let header_bytes =
         header_length(&file[..file.len().min(512)], file.len() as u64).map_err(|e| e.file(path))?;
     let header = file.get(LENGTH_BYTES as usize..).and_then(|rest| rest.get(..header_bytes as usize));
-    parse(header.unwrap_or_default(), file.len() as u64, path).map(|header| header.tensors)
+    let parsed = parse(header.unwrap_or_default(), path, &|_| true)?;
+    check(&parsed, file.len() as u64).map_err(|e| e.file(path))?;
+    Ok(parsed.tensors)
 }
 
 /// Bytes of the header, from the first bytes of the file.
@@ -196,9 +222,89 @@ pub(super) fn tensor_bytes(info: &TensorInfo) -> Option<u64> {
     bits.is_multiple_of(8).then_some(bits / 8)
 }
 
+/// A look at the names alone, which keeps nothing: `Limit` for too many, `Unexpected` for too many unknown ones.
+struct Census<'a> {
+    fault: &'a Fault,
+    is_known: &'a dyn Fn(&str) -> bool,
+    n_entries: &'a mut u64,
+}
+
+impl<'de> DeserializeSeed<'de> for Census<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> std::result::Result<(), D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Census<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str("a safetensors header object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<(), A::Error> {
+        let mut n_unknown = 0;
+        while let Some(unknown) = map.next_key_seed(UnknownName { is_known: self.is_known })? {
+            map.next_value::<IgnoredAny>()?;
+            *self.n_entries += 1;
+            if *self.n_entries > CHECKPOINT_TENSORS_MAX + 1 {
+                // One of them may be __metadata__.
+                return Err(self.fault.raise(
+                    Error::new(ErrorKind::Limit)
+                        .what("safetensors header")
+                        .expected(format!("at most {CHECKPOINT_TENSORS_MAX} tensors")),
+                ));
+            }
+            let Some(name) = unknown else { continue };
+            n_unknown += 1;
+            if n_unknown > SAFETENSORS_UNKNOWN_MAX {
+                return Err(self.fault.raise(
+                    Error::new(ErrorKind::Unexpected)
+                        .what(format!("tensor \"{name}\""))
+                        .expected("the tensors of the model that config.json describes")
+                        .found(format!("more than {SAFETENSORS_UNKNOWN_MAX} others")),
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A key, shortened, if it is no known name.
+struct UnknownName<'a> {
+    is_known: &'a dyn Fn(&str) -> bool,
+}
+
+impl<'de> DeserializeSeed<'de> for UnknownName<'_> {
+    type Value = Option<String>;
+
+    fn deserialize<D: Deserializer<'de>>(
+        self,
+        deserializer: D,
+    ) -> std::result::Result<Self::Value, D::Error> {
+        deserializer.deserialize_str(self)
+    }
+}
+
+impl Visitor<'_> for UnknownName<'_> {
+    type Value = Option<String>;
+
+    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str("a name")
+    }
+
+    fn visit_str<E>(self, name: &str) -> std::result::Result<Self::Value, E> {
+        Ok((name != METADATA && !(self.is_known)(name)).then(|| shorten(name)))
+    }
+}
+
 /// The header object.
 struct HeaderSeed<'a> {
     fault: &'a Fault,
+    /// How many entries it was found to have, `__metadata__` included.
+    n_entries: u64,
 }
 
 impl<'de> DeserializeSeed<'de> for HeaderSeed<'_> {
@@ -217,18 +323,19 @@ impl<'de> Visitor<'de> for HeaderSeed<'_> {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> std::result::Result<Header, A::Error> {
-        let mut header = Header { tensors: Vec::new(), data_start: 0, warnings: Vec::new() };
+        let tensors = Vec::with_capacity(self.n_entries as usize);
+        let mut header = Header { tensors, data_start: 0, warnings: Vec::new() };
         while let Some(name) = map.next_key::<String>()? {
-            if name == "__metadata__" {
+            if name == METADATA {
                 map.next_value_seed(MetadataSeed { fault: self.fault, warnings: &mut header.warnings })?;
                 continue;
             }
             check_name(&name).map_err(|e| self.fault.raise::<A::Error>(e))?;
-            if header.tensors.len() as u64 == TENSORS_MAX {
+            if header.tensors.len() as u64 == CHECKPOINT_TENSORS_MAX {
                 return Err(self.fault.raise(
                     Error::new(ErrorKind::Limit)
                         .what("safetensors header")
-                        .expected(format!("at most {TENSORS_MAX} tensors")),
+                        .expected(format!("at most {CHECKPOINT_TENSORS_MAX} tensors")),
                 ));
             }
             let info = map.next_value_seed(InfoSeed { fault: self.fault, name: &name })?;
@@ -411,6 +518,7 @@ impl<'de> Visitor<'de> for NumbersSeed<'_> {
                 None => return Err(bad(crate::json::describe(&value))),
             }
         }
+        out.shrink_to_fit();
         Ok(out)
     }
 }
@@ -431,7 +539,7 @@ mod tests {
     fn the_crate_agrees() {
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data/tiny-falcon-mamba");
         for name in ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"] {
-            let header = read(&opened(&dir.join(name))).expect("our reading");
+            let header = read(&opened(&dir.join(name)), &|_| true).expect("our reading");
             let bytes = std::fs::read(dir.join(name)).expect("the file");
             let (n, theirs) = SafeTensors::read_metadata(&bytes).expect("the crate's reading");
             assert_eq!(header.data_start, LENGTH_BYTES + n as u64);
@@ -454,7 +562,7 @@ mod tests {
         assert!(SafeTensors::deserialize(&bytes).is_ok());
         let path = std::env::temp_dir().join(format!("kestrel-header-{}", std::process::id()));
         std::fs::write(&path, &bytes).expect("a temporary file");
-        let kind = read(&opened(&path)).map(|_| ()).map_err(|e| e.kind());
+        let kind = read(&opened(&path), &|_| true).map(|_| ()).map_err(|e| e.kind());
         std::fs::remove_file(&path).expect("removed");
         assert_eq!(kind, Err(ErrorKind::Duplicate));
     }

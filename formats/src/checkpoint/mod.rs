@@ -90,17 +90,17 @@ pub struct SourceTensor {
     /// The numbers, or the codes.
     pub place: Place,
     /// What a matrix of bitsandbytes has beside its codes.
-    pub state: Option<QuantState>,
+    pub state: Option<Box<QuantState>>,
 }
 
 impl SourceTensor {
-    fn new(raw: &RawTensor, dtype: WeightType, shape: Vec<u64>, state: Option<QuantState>) -> Self {
+    fn new(raw: &RawTensor, dtype: WeightType, shape: Vec<u64>, state: Option<Box<QuantState>>) -> Self {
         Self { name: raw.name.clone(), dtype, shape, place: raw.place, state }
     }
 
     /// Bytes of the weights, their scales included.
     pub fn n_bytes(&self) -> u64 {
-        self.place.n_bytes + self.state.as_ref().map_or(0, QuantState::n_bytes)
+        self.place.n_bytes + self.state.as_ref().map_or(0, |state| state.n_bytes())
     }
 }
 
@@ -130,8 +130,11 @@ impl Checkpoint {
             Some((path, bytes)) => Some(index::parse(&bytes, &path)?),
             None => None,
         };
-        let (shards, raw) = open_shards(&folder, index.as_ref(), &mut warnings)?;
+        let n_layer = config.n_layer_at_most();
+        let (shards, raw) = open_shards(&folder, index.as_ref(), n_layer, &mut warnings)?;
+        drop(index);
         let tensors = bitsandbytes::assemble(&raw, &shards)?;
+        drop(raw);
         warnings.extend(Declared::warning(config.quantization, &tensors));
         let by_name: BTreeMap<String, usize> =
             tensors.iter().enumerate().map(|(i, tensor)| (tensor.name.clone(), i)).collect();
@@ -393,6 +396,7 @@ fn missing_file(folder: &Folder, name: &str) -> Error {
 fn open_shards(
     folder: &Folder,
     index: Option<&Index>,
+    n_layer: usize,
     warnings: &mut Vec<String>,
 ) -> Result<(Vec<Shard>, Vec<RawTensor>)> {
     let single = [SINGLE_NAME.to_owned()];
@@ -424,11 +428,14 @@ fn open_shards(
     }
     let (mut shards, mut tensors) = (Vec::new(), Vec::new());
     for (i, opened) in opened.into_iter().enumerate() {
-        let (shard, mut held) = open_shard(opened, i, warnings)?;
+        let (shard, mut held) = open_shard(opened, i, n_layer, warnings)?;
         if let Some(index) = index {
             check_listed(&shard, i, &held, index)?;
         }
-        tensors.append(&mut held);
+        match tensors.is_empty() {
+            true => tensors = held,
+            false => tensors.append(&mut held),
+        }
         shards.push(shard);
     }
     if let Some(index) = index {
@@ -441,8 +448,13 @@ fn open_shards(
     Ok((shards, tensors))
 }
 
-fn open_shard(opened: Opened, i: usize, warnings: &mut Vec<String>) -> Result<(Shard, Vec<RawTensor>)> {
-    let header = header::read(&opened)?;
+fn open_shard(
+    opened: Opened,
+    i: usize,
+    n_layer: usize,
+    warnings: &mut Vec<String>,
+) -> Result<(Shard, Vec<RawTensor>)> {
+    let header = header::read(&opened, &|name| bitsandbytes::is_known(name, n_layer))?;
     warnings.extend(header.warnings.iter().map(|w| format!("{}: {w}", opened.path.display())));
     let mut tensors = Vec::with_capacity(header.tensors.len());
     for (name, info) in header.tensors {
@@ -483,9 +495,9 @@ fn check_listed(shard: &Shard, i: usize, held: &[RawTensor], index: &Index) -> R
         let error = |kind| {
             Error::new(kind).file(&shard.path).at(tensor.place.offset).what(describe_tensor(&tensor.name))
         };
-        match index.shard_of.get(&tensor.name) {
-            Some(&listed) if listed == i => {}
-            Some(&listed) => {
+        match index.shard_of(&tensor.name) {
+            Some(listed) if listed == i => {}
+            Some(listed) => {
                 let other = index.shards.get(listed).map_or("another shard", String::as_str);
                 return Err(error(ErrorKind::Inconsistent)
                     .expected(format!("the tensor in {other}, where {INDEX_NAME} lists it"))
@@ -503,13 +515,14 @@ fn check_listed(shard: &Shard, i: usize, held: &[RawTensor], index: &Index) -> R
 
 /// Every tensor of the index is in a shard.
 fn check_all_held(folder: &Folder, index: &Index, tensors: &[RawTensor]) -> Result<()> {
-    if index.shard_of.len() == tensors.len() {
+    if index.tensors.len() == tensors.len() {
         return Ok(());
     }
     let mut held: Vec<&str> = tensors.iter().map(|t| t.name.as_str()).collect();
     held.sort_unstable();
+    let listed = index.tensors.iter().map(|(name, _)| name);
     let absent: Vec<String> =
-        index.shard_of.keys().filter(|name| held.binary_search(&name.as_str()).is_err()).cloned().collect();
+        listed.filter(|name| held.binary_search(&name.as_str()).is_err()).cloned().collect();
     Err(Error::new(ErrorKind::Missing)
         .file(&folder.path().join(INDEX_NAME))
         .what(list_names(&absent))

@@ -5,7 +5,7 @@ mod json_model;
 use super::{Ids, PreTokenizer, TokenType, TokenizerData, check_merge_count, check_token, check_vocab_count};
 use crate::checkpoint::GenerationConfig;
 use crate::checkpoint::folder::Folder;
-use crate::json::{describe, parse_object, shorten};
+use crate::json::{describe, parse_object_without, shorten};
 use crate::limits::{CONFIG_BYTES_MAX, TOKENIZER_BYTES_MAX};
 use crate::{Error, ErrorKind, Result};
 use json_model::{Model, TokenizerJson};
@@ -55,7 +55,8 @@ struct Siblings {
 impl Siblings {
     fn read(folder: &Folder) -> Result<Self> {
         let object = |name: &str| match folder.read(name, CONFIG_BYTES_MAX)? {
-            Some((path, bytes)) => parse_object(&bytes, &path),
+            // What tokenizer.json has as well, thousands of objects in some.
+            Some((path, bytes)) => parse_object_without("added_tokens_decoder", &bytes, &path),
             None => Ok(Map::new()),
         };
         let jinja = match folder.read("chat_template.jinja", CONFIG_BYTES_MAX)? {

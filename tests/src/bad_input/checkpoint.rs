@@ -80,6 +80,19 @@ fn cut_shard(name: &str, shard: &'static str, keep: fn(usize) -> usize, kind: Ki
     })
 }
 
+/// A folder of two shards with an index of so many other tensors.
+fn wide_index(n: usize) -> impl Fn(&TempDir) -> PathBuf {
+    move |dir| {
+        let entries: Vec<String> = (0..n).map(|i| format!(r#""{i}":"a.safetensors""#)).collect();
+        let path = builder().write_two_into(dir, None);
+        dir.file(
+            "model.safetensors.index.json",
+            format!(r#"{{"weight_map":{{{}}}}}"#, entries.join(",")).as_bytes(),
+        );
+        path
+    }
+}
+
 fn file_cases() -> Vec<Case> {
     use Kind::*;
     let sparse = |dir: &TempDir, name: &str| {
@@ -93,6 +106,8 @@ fn file_cases() -> Vec<Case> {
             sparse(dir, "model.safetensors.index.json");
             path
         }),
+        folder_case("index", "I16 index_of_100k", Reject(Limit), wide_index(100_000)),
+        folder_case("index", "I16 index_of_4k", Reject(Unexpected), wide_index(4_000)),
         folder_case("config", "C13 config_1_gib", Reject(Limit), move |dir| {
             let path = builder().write_into(dir);
             sparse(dir, "config.json");
@@ -116,6 +131,17 @@ fn file_cases() -> Vec<Case> {
             builder().write_json(dir);
             std::fs::create_dir(dir.path().join("model.safetensors")).expect("a folder");
             dir.path().to_owned()
+        }),
+        folder_case("index", "I13 shard_is_a_pipe", Reject(NotRegularFile), |dir| {
+            builder().write_json(dir);
+            other_files::pipe(&dir.path().join("model.safetensors"));
+            dir.path().to_owned()
+        }),
+        folder_case("config", "C13 config_is_a_pipe", Reject(NotRegularFile), |dir| {
+            let path = builder().write_into(dir);
+            std::fs::remove_file(path.join("config.json")).expect("removing");
+            other_files::pipe(&path.join("config.json"));
+            path
         }),
         folder_case("index", "I18 shards_swapped", Reject(Inconsistent), |dir| {
             let path = builder().write_two_into(dir, None);
@@ -253,12 +279,16 @@ fn a_log_overflows() -> Case {
 
 fn config_texts() -> Vec<Case> {
     use Kind::*;
+    let wide: Vec<String> = (0..100_000).map(|i| format!(r#""{i}":1"#)).collect();
     let rows = [
         ("C01 not_json", "hello".to_owned(), BadJson),
         ("C01 empty", String::new(), BadJson),
         ("C01 list", "[]".to_owned(), BadJson),
         ("C10 eps_nan", r#"{"model_type": "mamba", "layer_norm_epsilon": NaN}"#.to_owned(), BadJson),
         ("C13 depth_10000", "[".repeat(10_000), Limit),
+        ("C13 wide_array", format!("[{}1]", "1,".repeat(500_000)), Limit),
+        ("C13 wide_array_of_objects", format!(r#"[{}1]"#, r#"{"a":1},"#.repeat(10_000)), Limit),
+        ("C13 wide_object", format!("{{{}}}", wide.join(",")), Limit),
         ("C14 duplicate", r#"{"model_type": "mamba", "model_type": "mamba"}"#.to_owned(), Duplicate),
     ];
     let case = |(name, text, kind): (&str, String, Kind)| {

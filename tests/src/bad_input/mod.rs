@@ -40,9 +40,6 @@ pub struct Case {
     pub action: Action,
     /// What it has to say.
     pub expect: Expect,
-    /// Heap that it may take beyond 1 MiB, as a multiple of the input's bytes; `tests/README.md` has the reason where it is
-    /// more than 2.
-    pub heap_factor: u64,
 }
 
 /// Makes what a case needs in an empty folder and returns the path to give to the command.
@@ -104,9 +101,6 @@ pub enum Expect {
 
 use Expect::{Accept, Reject, RejectAt, RejectWith, Warn};
 
-/// Heap in bytes of the input that a case may take unless its row says otherwise.
-const HEAP_FACTOR: u64 = 2;
-
 fn case(name: impl Into<String>, bytes: impl Into<Vec<u8>>, expect: Expect) -> Case {
     Case {
         group: "container",
@@ -114,7 +108,6 @@ fn case(name: impl Into<String>, bytes: impl Into<Vec<u8>>, expect: Expect) -> C
         files: Files::Gguf(bytes.into()),
         action: Action::Inspect,
         expect,
-        heap_factor: HEAP_FACTOR,
     }
 }
 
@@ -124,14 +117,7 @@ fn folder_case(
     expect: Expect,
     make: impl Fn(&TempDir) -> PathBuf + Send + Sync + 'static,
 ) -> Case {
-    Case {
-        group,
-        name: name.into(),
-        files: Files::Folder(Box::new(make)),
-        action: Action::Inspect,
-        expect,
-        heap_factor: HEAP_FACTOR,
-    }
+    Case { group, name: name.into(), files: Files::Folder(Box::new(make)), action: Action::Inspect, expect }
 }
 
 impl Case {
@@ -141,10 +127,6 @@ impl Case {
 
     fn by(self, action: Action) -> Self {
         Self { action, ..self }
-    }
-
-    fn heap_factor(self, heap_factor: u64) -> Self {
-        Self { heap_factor, ..self }
     }
 
     /// Makes the input in `dir` and returns the path for the command.

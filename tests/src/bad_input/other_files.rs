@@ -3,6 +3,7 @@
 use super::weights::WIDE;
 use super::*;
 use crate::gguf_builder::{GgufBuilder, model};
+use std::path::Path;
 
 /// Bytes of a state's header.
 const HEADER: usize = 56;
@@ -16,6 +17,22 @@ fn state(dir: &TempDir, change: impl Fn(&mut Vec<u8>)) -> PathBuf {
     dir.file("case.state", &bytes)
 }
 
+/// Makes something at a path.
+type MakeAt = fn(&Path);
+
+pub(super) fn pipe(path: &Path) {
+    let made = std::process::Command::new("mkfifo").arg(path).status().expect("mkfifo runs");
+    assert!(made.success());
+}
+
+fn folder(path: &Path) {
+    std::fs::create_dir(path).expect("a folder");
+}
+
+fn dev_zero(path: &Path) {
+    std::os::unix::fs::symlink("/dev/zero", path).expect("a link");
+}
+
 /// All cases of this part.
 pub(super) fn cases() -> Vec<Case> {
     let mut cases = states();
@@ -24,7 +41,36 @@ pub(super) fn cases() -> Vec<Case> {
     cases.extend(bases());
     cases.extend(requests());
     cases.extend(differences());
+    cases.extend(no_regular_files());
     cases
+}
+
+/// What is not a file where one is expected that the command maps or reads whole. A pipe has no writer: a command that
+/// opened it would wait for ever.
+fn no_regular_files() -> Vec<Case> {
+    let arguments = [
+        ("state", Action::LoadState),
+        ("imatrix", Action::Imatrix),
+        ("calibration", Action::Calibration),
+        ("kl_base", Action::KlBase),
+        ("diff", Action::Diff),
+    ];
+    let inputs: [(&str, MakeAt); 3] = [("pipe", pipe), ("folder", folder), ("dev_zero", dev_zero)];
+    let one = |(argument, action), (input, make): (&str, MakeAt)| {
+        folder_case(
+            "paths",
+            format!("X95 {argument}_is_a_{input}"),
+            Reject(Kind::NotRegularFile),
+            move |dir| {
+                dir.file("good.gguf", &with_vocabulary().bytes());
+                let path = dir.path().join("case");
+                make(&path);
+                path
+            },
+        )
+        .by(action)
+    };
+    arguments.into_iter().flat_map(|argument| inputs.map(|input| one(argument, input))).collect()
 }
 
 fn states() -> Vec<Case> {

@@ -3,6 +3,7 @@
 use super::*;
 use crate::checkpoint_builder::{CheckpointBuilder, RawTensor as Tensor, safetensors, safetensors_bytes};
 use kestrel_formats::limits::SAFETENSORS_HEADER_BYTES_MAX;
+use serde_json::json;
 use std::fs::File;
 
 fn builder() -> CheckpointBuilder {
@@ -94,6 +95,22 @@ fn header_contents() -> Vec<Case> {
     let deep = format!(r#""x":{{"y":{}{},{zero}}}"#, "[".repeat(200_000), "]".repeat(200_000));
     let many: Vec<String> = (0..100_000).map(|i| format!(r#""t{i}":{{{zero}}}"#)).collect();
     let (header, n_data) = sound();
+    let n_most = 8192 - builder().tensors.len();
+    // Parts of a matrix of bitsandbytes, which the model can have: their names are known.
+    let parts = move |n: usize| -> String {
+        let part = |i| format!(r#""lm_head.weight.quant_state.{i}":{{{zero}}}"#);
+        (0..n).map(part).collect::<Vec<_>>().join(",")
+    };
+    let empty_layers = move |dir: &TempDir| {
+        builder().config(json!({"num_hidden_layers": 512, "tie_word_embeddings": true})).write_json(dir);
+        let parts =
+            ["norm.weight", "mixer.D", "mixer.A_log", "mixer.in_proj.weight", "mixer.out_proj.weight"];
+        let name = |i: usize, part| format!(r#""backbone.layers.{i}.{part}":{{{zero}}}"#);
+        let entries: Vec<String> = (0..512).flat_map(|i| parts.map(|part| name(i, part))).collect();
+        let header = format!(r#"{{"backbone.embeddings.weight":{{{zero}}},{}}}"#, entries.join(","));
+        dir.file("model.safetensors", &safetensors_bytes(header.as_bytes(), 0));
+        dir.path().to_owned()
+    };
     let spaced = format!(" {header}").replace(r#""shape""#, r#""note":1,"shape""#);
     vec![
         with_entries("S11 leading_space_and_metadata", r#"  "__metadata__":{"format":"pt"}"#, Accept),
@@ -108,7 +125,12 @@ fn header_contents() -> Vec<Case> {
             Reject(BadJson),
         ),
         with_entries("S30 depth_200k_in_field", &deep, Reject(Limit)),
-        with_entries("S33 100k_tensors", &many.join(","), Reject(Limit)).heap_factor(3),
+        with_entries("S33 100k_tensors", &many.join(","), Reject(Unexpected)),
+        with_entries("S33 as_many_unknown_as_allowed", &many[..64].join(","), Reject(Unexpected)),
+        with_entries("S33 100k_parts", &parts(100_000), Reject(Limit)),
+        with_entries("S33 as_many_parts_as_the_limit", &parts(n_most), Accept),
+        with_entries("S33 one_part_twice", &[parts(n_most - 1), parts(1)].join(","), Reject(Duplicate)),
+        folder_case("safetensors", "S33 names_of_512_layers", Reject(BadShape), empty_layers),
         with_entries("S36 path_like_name", &format!(r#""../../x":{{{zero}}}"#), Reject(Unexpected)),
         with_entries("S37 nul_name", &format!(r#""a\u0000b":{{{zero}}}"#), Reject(BadName)),
         with_entries("S37 empty_name", &format!(r#""":{{{zero}}}"#), Reject(BadName)),
