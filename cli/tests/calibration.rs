@@ -117,6 +117,17 @@ fn a_calibrated_file_has_its_size_and_diverges_by_six_tenths() {
     let predicted = plan.lines().last().unwrap().rsplit(' ').next().unwrap().parse::<f64>().unwrap();
     // Types are chosen in steps, of which the large matrices' are coarse.
     assert!((0.005..=0.01).contains(&predicted), "{plan}");
+    // Written, each is about as far off as predicted, and says on a terminal what it will be.
+    let done = dir.kestrel("quantize base.gguf -o kl.gguf --calibration c.gguf --target-kl 0.01 --verbose");
+    let stderr = String::from_utf8_lossy(&done.stderr);
+    assert!(stderr.contains(plan.lines().last().unwrap()), "{stderr}");
+    for (file, option) in [("bpw.gguf", "--target-bpw 5"), ("kl.gguf", "--target-kl 0.01")] {
+        let metadata = dir.ok(&format!("inspect {file} --json"));
+        let metadata = &serde_json::from_str::<Json>(&metadata).unwrap()["metadata"];
+        let (predicted, measured) = (metadata["kestrel.predicted_kl"].as_f64().unwrap(), dir.kl(file));
+        assert!((0.4 * measured..2.5 * measured).contains(&predicted), "{file}: {predicted} for {measured}");
+        assert!(metadata["kestrel.recipe"].as_str().unwrap().ends_with(option), "{metadata}");
+    }
     let sensitivity = dir.ok("inspect c.gguf --sensitivity");
     assert_eq!(sensitivity.lines().count(), 1 + 6 * 4 + 2, "{sensitivity}");
     let json: Json = serde_json::from_str(&dir.ok("inspect c.gguf --sensitivity --json")).unwrap();
