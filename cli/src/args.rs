@@ -101,6 +101,10 @@ pub struct ConversionArgs {
     #[arg(long, value_name = "FILE", conflicts_with = "imatrix")]
     pub calibration: Option<PathBuf>,
 
+    /// With --calibration: go on from OUT.part, if an interrupted run left it
+    #[arg(long, requires = "calibration")]
+    pub resume: bool,
+
     /// With --calibration: after error feedback, change single codes and scales as long as that brings the outputs of
     /// the matrix closer
     #[arg(long, value_enum, default_value_t, value_name = "HOW")]

@@ -2,7 +2,7 @@
 //!
 //! A signal ends the process at once, unless the command asked for [`flag`] because it has threads to stop: then the
 //! first signal sets the flag and the second ends the process. Either way the exit status is 130 and no temporary
-//! file stays.
+//! file stays, but a part from which `--resume` goes on.
 
 use kestrel_formats::{Error, ErrorKind, Result};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};

@@ -117,6 +117,17 @@ fn a_calibrated_file_has_its_size_and_diverges_by_six_tenths() {
     let predicted = plan.lines().last().unwrap().rsplit(' ').next().unwrap().parse::<f64>().unwrap();
     // Types are chosen in steps, of which the large matrices' are coarse.
     assert!((0.005..=0.01).contains(&predicted), "{plan}");
+    // Written, each is about as far off as predicted, and says on a terminal what it will be.
+    let done = dir.kestrel("quantize base.gguf -o kl.gguf --calibration c.gguf --target-kl 0.01 --verbose");
+    let stderr = String::from_utf8_lossy(&done.stderr);
+    assert!(stderr.contains(plan.lines().last().unwrap()), "{stderr}");
+    for (file, option) in [("bpw.gguf", "--target-bpw 5"), ("kl.gguf", "--target-kl 0.01")] {
+        let metadata = dir.ok(&format!("inspect {file} --json"));
+        let metadata = &serde_json::from_str::<Json>(&metadata).unwrap()["metadata"];
+        let (predicted, measured) = (metadata["kestrel.predicted_kl"].as_f64().unwrap(), dir.kl(file));
+        assert!((0.4 * measured..2.5 * measured).contains(&predicted), "{file}: {predicted} for {measured}");
+        assert!(metadata["kestrel.recipe"].as_str().unwrap().ends_with(option), "{metadata}");
+    }
     let sensitivity = dir.ok("inspect c.gguf --sensitivity");
     assert_eq!(sensitivity.lines().count(), 1 + 6 * 4 + 2, "{sensitivity}");
     let json: Json = serde_json::from_str(&dir.ok("inspect c.gguf --sensitivity --json")).unwrap();
@@ -166,6 +177,7 @@ fn an_interrupted_calibration_goes_on() {
     let kl = n - 32..n;
     assert!(left[kl.clone()].iter().any(|&byte| byte != 0), "the last tensor is a divergence");
     left[kl].fill(0);
+    left.extend([1; 5000]); // what it had set aside
     std::fs::remove_file(dir.path("c.gguf")).unwrap();
     std::fs::write(dir.path("c.gguf.part"), &left).unwrap();
     assert_eq!(dir.error(calibrate)["kind"], "OutputExists");
@@ -173,4 +185,72 @@ fn an_interrupted_calibration_goes_on() {
     dir.ok(&format!("{calibrate} --resume"));
     assert!(std::fs::read(dir.path("c.gguf")).unwrap() == whole, "another file than in one run");
     assert!(!dir.path("c.gguf.part").exists());
+}
+
+/// The part is bounded, however many windows the divergence is measured on: what the model predicts there, 100 MB, is not
+/// kept in memory. RLIMIT_DATA bounds all that a process has beside mapped files.
+#[test]
+fn calibrating_on_many_windows_takes_no_more_memory() {
+    let dir = Folder::new("windows");
+    std::os::unix::fs::symlink(data("tiny-falcon-mamba"), dir.path("tiny")).unwrap();
+    dir.ok("convert tiny -o base.gguf --type bf16");
+    let calibrate = "calibrate base.gguf -f calibration.txt -o c.gguf --chunks 24 --threads 2";
+    dir.ok(&format!("{calibrate} --kl-chunks 1"));
+    // All but the last matrix is measured.
+    let mut left = std::fs::read(dir.path("c.gguf")).unwrap();
+    let n = left.len();
+    left[n - 32..].fill(0);
+    let limited = |mib: usize| {
+        std::fs::write(dir.path("c.gguf.part"), &left).unwrap();
+        let script = format!(
+            "ulimit -c 0; ulimit -d {}; exec \"$0\" {calibrate} --kl-chunks 24 --resume --force",
+            mib << 10
+        );
+        let mut shell = Command::new("sh");
+        shell.args(["-c", &script, env!("CARGO_BIN_EXE_kestrel")]).current_dir(&dir.0).stdin(Stdio::null());
+        shell.output().unwrap()
+    };
+    let done = limited(80);
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    assert!(!limited(10).status.success(), "the limit limits nothing");
+}
+
+/// Killed or interrupted in the middle, a conversion goes on to the same bytes.
+#[test]
+fn an_interrupted_conversion_with_a_calibration_goes_on() {
+    let dir = Folder::new("conversion");
+    std::os::unix::fs::symlink(data("tiny-falcon-mamba"), dir.path("tiny")).unwrap();
+    dir.ok("convert tiny -o base.gguf --type bf16");
+    dir.ok("calibrate base.gguf -f calibration.txt -o c.gguf --chunks 2 --kl-chunks 0");
+    let convert = "convert tiny -o x.gguf --type q4_k_m --calibration c.gguf --search best --threads 1";
+    dir.ok(convert);
+    let whole = std::fs::read(dir.path("x.gguf")).unwrap();
+    assert_eq!(dir.error(&format!("{convert} --resume"))["kind"], "OutputExists");
+    assert_eq!(dir.error("convert tiny -o y.gguf --type q4_k_m --resume")["kind"], "Usage");
+    for (signal, status) in [("KILL", None), ("INT", Some(130))] {
+        // It can be done before the signal comes, or have done nothing yet; then the next try.
+        let went_on = (0..20).any(|round| {
+            std::fs::remove_file(dir.path("x.gguf")).unwrap();
+            let mut command = Command::new(env!("CARGO_BIN_EXE_kestrel"));
+            command.args(convert.split(' ')).current_dir(&dir.0).stdin(Stdio::null()).stderr(Stdio::null());
+            let mut child = command.spawn().unwrap();
+            while child.try_wait().unwrap().is_none() && !dir.path("x.gguf.part").exists() {
+                std::thread::sleep(std::time::Duration::from_millis(1));
+            }
+            std::thread::sleep(std::time::Duration::from_millis(20 << round.min(5)));
+            Command::new("kill").args([&format!("-{signal}"), &child.id().to_string()]).output().unwrap();
+            let ended = child.wait().unwrap();
+            if ended.success() {
+                return false;
+            }
+            assert_eq!(ended.code(), status, "{signal}");
+            let resumed = dir.kestrel(&format!("{convert} --resume --verbose"));
+            let stderr = String::from_utf8_lossy(&resumed.stderr);
+            assert!(resumed.status.success(), "{signal}: {stderr}");
+            assert!(std::fs::read(dir.path("x.gguf")).unwrap() == whole, "{signal}: another file");
+            assert!(!dir.path("x.gguf.part").exists());
+            stderr.contains("from an interrupted run")
+        });
+        assert!(went_on, "{signal}: 20 conversions, none of which was interrupted in the middle");
+    }
 }

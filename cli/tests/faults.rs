@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 #![allow(clippy::print_stdout)] // a test says how much it tried
 
+use kestrel_formats::calibration::{CalibrationSource, CalibrationWriter};
 use kestrel_tests::bad_input::with_vocabulary;
 use kestrel_tests::checkpoint_builder::CheckpointBuilder;
 use kestrel_tests::temp_dir::TempDir;
@@ -16,13 +17,13 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, OnceLock};
 
 /// What was at the output's path before.
 const PRECIOUS: &[u8] = b"precious";
 
-/// A command that writes `out` in a folder that has `m.gguf`, `hf/` and `text`.
+/// A command that writes `out` in a folder that has `m.gguf`, `c.gguf`, `hf/` and `text`.
 struct Writer {
     name: &'static str,
     args: &'static [&'static str],
@@ -41,11 +42,18 @@ const PART: &str = "out.part";
 const WRITER: Writer = Writer { name: "", args: &[], streams: None, folder: false, resumes: false };
 
 /// To have a command's faults tried, add it here.
-static WRITERS: [Writer; 8] = [
+static WRITERS: [Writer; 9] = [
     Writer {
         name: "convert",
         args: &["convert", "hf", "-o", "out", "--type", "q8_0", "--threads", "1"],
         streams: Some("hf/model.safetensors"),
+        ..WRITER
+    },
+    Writer {
+        name: "convert with a calibration",
+        args: &["convert", "hf", "-o", "out", "--type", "q8_0", "--calibration", "c.gguf", "--threads", "1"],
+        streams: Some("hf/model.safetensors"),
+        resumes: true,
         ..WRITER
     },
     Writer {
@@ -124,6 +132,7 @@ fn folder() -> TempDir {
     let dir = TempDir::new();
     dir.file("m.gguf", &with_vocabulary().bytes());
     dir.file("text", "ab ".repeat(16).as_bytes());
+    dir.file("c.gguf", calibration());
     let hf = dir.path().join("hf");
     std::fs::create_dir(&hf).expect("a folder");
     // Rows of dt_proj are two columns wide, so that they fill bytes when they are packed.
@@ -137,6 +146,18 @@ fn folder() -> TempDir {
     }
     model.write_to(&hf);
     dir
+}
+
+/// A calibration of no matrix: what it makes a conversion do about interruptions does not depend on that.
+fn calibration() -> &'static [u8] {
+    static BYTES: OnceLock<Vec<u8>> = OnceLock::new();
+    BYTES.get_or_init(|| {
+        let dir = TempDir::new();
+        let path = dir.path().join("c.gguf");
+        let source = CalibrationSource { model: 1, tokens: 2, ctx: 8, dataset: "text".into(), types: vec![] };
+        let writer = CalibrationWriter::open(&path, &source, &[], (false, false)).expect("a calibration");
+        std::fs::read(writer.finish().expect("a calibration")).expect("a calibration")
+    })
 }
 
 /// The files of an output: one without a name, or those of a folder.
@@ -172,7 +193,7 @@ fn put_precious(writer: &Writer, dir: &TempDir) -> Tree {
 fn left(dir: &TempDir) -> Vec<String> {
     let names = std::fs::read_dir(dir.path()).expect("the folder");
     let names = names.map(|e| e.expect("an entry").file_name().to_string_lossy().into_owned());
-    names.filter(|n| !["m.gguf", "text", "hf", "out", "log"].contains(&n.as_str())).collect()
+    names.filter(|n| !["m.gguf", "c.gguf", "text", "hf", "out", "log"].contains(&n.as_str())).collect()
 }
 
 /// Runs a writer in `dir` under `strace` with these options, or without it if there are none.
@@ -238,6 +259,29 @@ fn intact(dir: &TempDir, before: Option<&Tree>, golden: &Golden) -> Result<(), S
     }
 }
 
+/// From what a killed run left, another makes the output, unless it was killed in the moments when the part is no part yet
+/// or no part any more; then it is refused and nothing changes.
+fn goes_on(
+    writer: &Writer,
+    dir: &TempDir,
+    before: Option<&Tree>,
+    golden: &Golden,
+    n_resumed: &AtomicUsize,
+) -> Result<(), String> {
+    let words = [writer.args, &["--resume"]].concat().leak();
+    let resumed = run(&Writer { args: words, ..*writer }, dir, &[], before.is_some());
+    intact(dir, before, golden)?;
+    let stderr = String::from_utf8_lossy(&resumed.stderr);
+    match resumed.status.code() {
+        Some(0) if left(dir).is_empty() && output(dir).as_ref() == Some(&golden.output) => {
+            n_resumed.fetch_add(1, Ordering::Relaxed);
+            Ok(())
+        }
+        Some(2) if stderr.contains("Inconsistent") && output(dir).as_ref() == before => Ok(()),
+        status => Err(format!("--resume ended with {status:?}: {stderr}")),
+    }
+}
+
 /// Tries all faults, some at a time, and reports every violation.
 fn try_all<F: Sync>(faults: &[F], violates: impl Fn(&F) -> Option<String> + Sync) {
     let next = AtomicUsize::new(0);
@@ -271,15 +315,21 @@ fn killed_at_every_system_call() {
             .flat_map(|(call, &n)| (1..=n).flat_map(move |k| [(call.as_str(), k, false), (call, k, true)]))
             .collect();
         println!("{}: {} kills", writer.name, points.len());
-        let killed = AtomicUsize::new(0);
+        let (killed, n_resumed) = (AtomicUsize::new(0), AtomicUsize::new(0));
         try_all(&points, |&(call, k, force)| {
             let dir = folder();
             let before = force.then(|| put_precious(writer, &dir));
             let done = run(writer, &dir, &inject(call, "signal=SIGKILL", k), force);
             killed.fetch_add(usize::from(done.status.code().is_none_or(|c| c >= 128)), Ordering::Relaxed);
-            let problem = intact(&dir, before.as_ref(), &golden).err()?;
-            Some(format!("{} killed at {call} {k}, force {force}: {problem}", writer.name))
+            let intact_then = intact(&dir, before.as_ref(), &golden);
+            let problem = intact_then.and_then(|()| match left(&dir) == [PART] {
+                true => goes_on(writer, &dir, before.as_ref(), &golden, &n_resumed),
+                false => Ok(()),
+            });
+            Some(format!("{} killed at {call} {k}, force {force}: {}", writer.name, problem.err()?))
         });
+        println!("{}: {} went on", writer.name, n_resumed.load(Ordering::Relaxed));
+        assert!(!writer.resumes || n_resumed.into_inner() > 0, "{}: none went on", writer.name);
         // Threads start in another order now and then; nearly all points are met.
         let killed = killed.into_inner();
         assert!(killed * 10 >= points.len() * 9, "{}: {killed} of {} were killed", writer.name, points.len());
@@ -609,7 +659,7 @@ fn an_input_that_changes_during_the_conversion() {
         });
         let stderr = String::from_utf8_lossy(&done.stderr);
         let clean = done.status.code() == Some(3) && one_error(&stderr);
-        let nothing = output(&dir).is_none() && left(&dir).is_empty();
+        let nothing = output(&dir).is_none() && left(&dir).iter().all(|name| writer.resumes && name == PART);
         (!clean || !nothing).then(|| format!("{}, {name}: {:?}, {stderr}", writer.name, done.status))
     });
 }

@@ -79,6 +79,13 @@ impl InputFile {
         self.stamp.n_bytes
     }
 
+    /// What tells later runs whether the file is the same: size and time of modification. Numbers of devices and inodes
+    /// may change when the machine is started anew.
+    pub(crate) fn lasting(&self) -> [u64; 3] {
+        let (seconds, nanoseconds) = self.stamp.modified;
+        [self.stamp.n_bytes, seconds as u64, nanoseconds as u64]
+    }
+
     /// The file's own name, for provenance.
     pub(crate) fn name(&self) -> String {
         self.path.file_name().unwrap_or_default().to_string_lossy().into_owned()

@@ -40,6 +40,8 @@ pub struct Options {
     pub threads: usize,
     /// Whether an existing output is replaced.
     pub force: bool,
+    /// Whether to go on from what an interrupted run with a calibration left.
+    pub resume: bool,
     /// What quantizes. The bytes do not depend on it.
     pub isa: Isa,
 }
@@ -56,6 +58,7 @@ impl Options {
             target: None,
             threads,
             force: false,
+            resume: false,
             isa: Isa::best(),
         }
     }

@@ -7,12 +7,13 @@ use crate::plan::{Options, Plan, declarations, importance};
 use crate::progress::{Phase, Progress};
 use crate::rows::{Quantizing, Rows, pieces};
 use crate::stream::{Piece, Streaming, check_cancel, damage_hash, join, stream, thread_refused};
-use kestrel_formats::atomic_file::{AtomicFile, same_file};
+use kestrel_formats::atomic_file::{AtomicFile, Run, same_file};
 use kestrel_formats::gguf::{Gguf, layout};
 use kestrel_formats::map::Map;
 use kestrel_formats::{Error, ErrorKind, Result};
+use sha2::{Digest, Sha256};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
@@ -25,6 +26,8 @@ pub struct Report {
     pub source_bytes: u64,
     /// Name and SHA-256 of each file of the source.
     pub source_sha256: Vec<(String, String)>,
+    /// Bytes of the output that an interrupted run had written.
+    pub kept_bytes: u64,
     /// Reading, quantizing and writing, and reading back most of it.
     pub convert_time: Duration,
     /// Forcing the rest of the output to disk and reading it back.
@@ -44,6 +47,9 @@ struct Written {
 /// Converts as planned. `out` appears complete, on disk and read back, or not at all; see
 /// [`kestrel_formats::atomic_file`].
 ///
+/// With a calibration, which may take hours, an interrupted run leaves `OUT.part`, and one with `resume` goes on from it:
+/// the source is read again, but what is written and undamaged is not quantized again.
+///
 /// Errors: `OutputExists`, `Usage` if the output is one of the source's files, `NotFinite` and `OutOfRange` with the
 /// place of the number, `Changed` if a source file was modified meanwhile, `Io`, `Interrupted` once `cancel` is set.
 pub fn run(
@@ -61,26 +67,81 @@ pub fn run(
             .expected("another file than the source")
             .found("a file of the source"));
     }
-    let file = AtomicFile::create(out, plan.file_bytes, options.force)?;
-    progress.phase(Phase::Convert, plan.source_bytes, plan.file_bytes);
     let pieces = pieces(&plan.input.tensors);
-    let job = Streaming {
-        files: &plan.input.files,
-        pieces: &pieces,
-        threads: options.threads,
-        sha256: true,
-        cancel,
+    let file = match &options.calibration {
+        None => AtomicFile::create(out, plan.file_bytes, options.force)?,
+        Some(_) => {
+            let run = Run { fingerprint: fingerprint(plan, options)?, n_parts: pieces.len() };
+            AtomicFile::resumable(out, plan.file_bytes, &run, (options.force, options.resume))?
+        }
     };
+    let interrupted = |e: Error, part: Option<&Path>| match part {
+        Some(part) if e.kind() == ErrorKind::Interrupted => {
+            e.file(part).hint("the same command with --resume goes on")
+        }
+        _ => e,
+    };
+    let (sha256, unchecked, kept_bytes) = convert_all(plan, options, &file, &pieces, progress, cancel)
+        .map_err(|e| interrupted(e, file.part()))?;
+    plan.input.files.iter().try_for_each(InputFile::check_unchanged)?;
+    let header = write_rest(plan, &file, &sha256)?;
+    let converted = Instant::now();
+
+    progress.phase(Phase::Check, unchecked.iter().map(|w| w.piece.n_bytes as u64).sum(), 0);
+    let all_bytes = plan.file_bytes + file.journal_bytes();
+    let part = file.part().map(Path::to_owned);
+    let check =
+        |temp: &Path| check_written(plan, options, (temp, all_bytes), &header, unchecked, progress, cancel);
+    file.commit(check).map_err(|e| interrupted(e, part.as_deref()))?;
+    let names = plan.input.files.iter().map(InputFile::name);
+    Ok(Report {
+        file_bytes: plan.file_bytes,
+        source_bytes: plan.source_bytes,
+        source_sha256: names.zip(sha256).collect(),
+        kept_bytes,
+        convert_time: converted - started,
+        check_time: converted.elapsed(),
+    })
+}
+
+/// Stands for everything that determines the output's bytes, but those of the files that are read, of which it knows size
+/// and time.
+fn fingerprint(plan: &Plan, options: &Options) -> Result<[u8; 32]> {
+    let mut hasher = Sha256::new();
+    // Names, types, places, the recipe, and the version.
+    hasher.update(&layout(&plan.metadata, &declarations(&plan.tensors))?.header);
+    hasher.update((options.sweeps as u64).to_le_bytes());
+    let beside = [options.calibration.as_ref().map(|c| c.path()), options.imatrix.as_ref().map(|i| i.path())];
+    let beside = beside.into_iter().flatten().map(InputFile::new).collect::<Result<Vec<_>>>()?;
+    for file in plan.input.files.iter().chain(&beside) {
+        file.lasting().iter().for_each(|n| hasher.update(n.to_le_bytes()));
+    }
+    Ok(hasher.finalize().into())
+}
+
+/// Quantizes and writes all pieces. Returns the digests of the source's files, what was written and not read back yet, and
+/// how many bytes an interrupted run had written.
+fn convert_all(
+    plan: &Plan,
+    options: &Options,
+    file: &AtomicFile,
+    pieces: &[Piece],
+    progress: &dyn Progress,
+    cancel: &AtomicBool,
+) -> Result<(Vec<String>, Vec<Written>, u64)> {
+    progress.phase(Phase::Convert, plan.source_bytes, plan.file_bytes);
+    let job = Streaming { files: &plan.input.files, pieces, threads: options.threads, sha256: true, cancel };
     let stop = AtomicBool::new(false);
-    let (sha256, unchecked) = std::thread::scope(|scope| {
+    std::thread::scope(|scope| {
         let (sender, receiver) = channel();
-        let (file, stop) = (&file, &stop);
+        let stop = &stop;
         let checker = std::thread::Builder::new()
             .name("kestrel-checker".into())
             .spawn_scoped(scope, move || check_behind(plan, file, &receiver, CHECK_BYTES, stop))
             .map_err(thread_refused)?;
-        let converting =
-            Converting { plan, options, feedbacks: Feedbacks::new(plan, options), file, progress };
+        let feedbacks = Feedbacks::new(plan, options);
+        let kept_bytes = AtomicU64::new(0);
+        let converting = Converting { plan, options, pieces, feedbacks, file, progress, kept_bytes };
         let streamed = stream(job, Scratch::default, |scratch, piece, bytes| {
             let written = convert_piece(&converting, scratch, piece, bytes)?;
             // Only after an error does nobody listen; it is reported below.
@@ -89,21 +150,7 @@ pub fn run(
         drop(sender);
         stop.store(true, Ordering::Relaxed);
         let unchecked = join(checker)?;
-        Ok::<_, Error>((streamed?.sha256, unchecked))
-    })?;
-    plan.input.files.iter().try_for_each(InputFile::check_unchanged)?;
-    let header = write_rest(plan, &file, &sha256)?;
-    let converted = Instant::now();
-
-    progress.phase(Phase::Check, unchecked.iter().map(|w| w.piece.n_bytes as u64).sum(), 0);
-    file.commit(|temp| check_written(plan, options, temp, &header, unchecked, progress, cancel))?;
-    let names = plan.input.files.iter().map(InputFile::name);
-    Ok(Report {
-        file_bytes: plan.file_bytes,
-        source_bytes: plan.source_bytes,
-        source_sha256: names.zip(sha256).collect(),
-        convert_time: converted - started,
-        check_time: converted.elapsed(),
+        Ok((streamed?.sha256, unchecked, converting.kept_bytes.into_inner()))
     })
 }
 
@@ -118,9 +165,48 @@ struct Scratch {
 struct Converting<'a> {
     plan: &'a Plan,
     options: &'a Options,
+    pieces: &'a [Piece],
     feedbacks: Feedbacks<'a>,
     file: &'a AtomicFile,
     progress: &'a dyn Progress,
+    kept_bytes: AtomicU64,
+}
+
+impl Converting<'_> {
+    /// Quantizes and writes a piece.
+    fn write(
+        &self,
+        scratch: &mut Scratch,
+        (part, offset): (usize, u64),
+        piece: &Piece,
+        bytes: &[u8],
+    ) -> Result<u64> {
+        let Self { plan, options, file, .. } = *self;
+        let (target, tensor) = (&plan.tensors[piece.tensor], &plan.input.tensors[piece.tensor]);
+        let importance =
+            if target.weighted { importance(options, &target.name, tensor.cols())? } else { None };
+        let rows = Rows { input: &plan.input, tensor, piece, bytes };
+        let feedback = self.feedbacks.of(piece.tensor)?;
+        let quantizing =
+            Quantizing { dtype: target.dtype, isa: options.isa, importance, feedback: feedback.as_deref() };
+        rows.quantize(&mut scratch.floats, quantizing, &mut scratch.out)?;
+        file.write_at(offset, &scratch.out)?;
+        let hash = damage_hash(&scratch.out);
+        file.record(part, hash)?;
+        Ok(hash)
+    }
+
+    /// The hash of what an interrupted run wrote, if it is there and undamaged.
+    fn kept(&self, scratch: &mut Scratch, part: usize, offset: u64, n_bytes: usize) -> Result<Option<u64>> {
+        let Some(recorded) = self.file.recorded(part) else { return Ok(None) };
+        scratch.out.resize(n_bytes, 0);
+        self.file.read_at(offset, &mut scratch.out)?;
+        let kept = damage_hash(&scratch.out) == recorded;
+        if kept {
+            self.kept_bytes.fetch_add(n_bytes as u64, Ordering::Relaxed);
+        }
+        Ok(kept.then_some(recorded))
+    }
 }
 
 fn convert_piece(
@@ -129,23 +215,21 @@ fn convert_piece(
     piece: &Piece,
     bytes: &[u8],
 ) -> Result<Written> {
-    let Converting { plan, options, file, progress, .. } = *job;
-    let (target, tensor) = (&plan.tensors[piece.tensor], &plan.input.tensors[piece.tensor]);
+    let (target, tensor) = (&job.plan.tensors[piece.tensor], &job.plan.input.tensors[piece.tensor]);
     if piece.first_row == 0 {
-        progress.tensor(&target.name);
+        job.progress.tensor(&target.name);
     }
-    let importance = if target.weighted { importance(options, &target.name, tensor.cols())? } else { None };
-    let rows = Rows { input: &plan.input, tensor, piece, bytes };
-    let feedback = job.feedbacks.of(piece.tensor)?;
-    let quantizing =
-        Quantizing { dtype: target.dtype, isa: options.isa, importance, feedback: feedback.as_deref() };
-    rows.quantize(&mut scratch.floats, quantizing, &mut scratch.out)?;
+    let row_bytes = row_bytes(target.dtype, tensor.cols());
+    let (offset, n_bytes) = (target.offset + piece.first_row * row_bytes, (piece.rows * row_bytes) as usize);
+    let place = |p: &Piece| (p.file, p.offset);
+    let part = job.pieces.partition_point(|p| place(p) < place(piece));
+    let hash = match job.kept(scratch, part, offset, n_bytes)? {
+        Some(hash) => hash,
+        None => job.write(scratch, (part, offset), piece, bytes)?,
+    };
     job.feedbacks.done(piece);
-    let offset = target.offset + piece.first_row * row_bytes(target.dtype, tensor.cols());
-    file.write_at(offset, &scratch.out)?;
-    progress.bytes(piece.n_bytes as u64, scratch.out.len() as u64);
-    let piece = Piece { file: 0, offset, n_bytes: scratch.out.len(), ..*piece };
-    Ok(Written { piece, hash: damage_hash(&scratch.out) })
+    job.progress.bytes(piece.n_bytes as u64, n_bytes as u64);
+    Ok(Written { piece: Piece { file: 0, offset, n_bytes, ..*piece }, hash })
 }
 
 /// Writes the padding behind each tensor and, now that the source's digests are known, the header.
@@ -199,7 +283,7 @@ fn damaged(what: String) -> Error {
         .what(what)
         .expected("the bytes that were written")
         .found("others, when read back")
-        .hint("the disk or the memory is faulty; nothing was kept")
+        .hint("the disk or the memory is faulty")
 }
 
 fn damaged_tensor(plan: &Plan, tensor: usize) -> Error {
@@ -211,7 +295,7 @@ fn damaged_tensor(plan: &Plan, tensor: usize) -> Error {
 fn check_written(
     plan: &Plan,
     options: &Options,
-    temp: &Path,
+    (temp, all_bytes): (&Path, u64),
     header: &[u8],
     mut written: Vec<Written>,
     progress: &dyn Progress,
@@ -219,7 +303,7 @@ fn check_written(
 ) -> Result<()> {
     check_cancel(cancel)?;
     let map = Map::open(temp)?;
-    if map.len() as u64 != plan.file_bytes || map.get(..header.len()) != Some(header) {
+    if map.len() as u64 != all_bytes || map.get(..header.len()) != Some(header) {
         return Err(damaged("header of the output".to_owned()));
     }
     let read = Gguf::parse(map)?;

@@ -241,7 +241,8 @@ pub(crate) fn check_cancel(cancel: &AtomicBool) -> Result<()> {
     if cancel.load(Ordering::Relaxed) { Err(Error::new(ErrorKind::Interrupted)) } else { Ok(()) }
 }
 
-/// Recognises accidental damage to what was written. Nothing outside a run sees the value.
+/// Recognises accidental damage to what was written. Only a run that goes on from another sees the other's values; those
+/// of another Rust release may differ, and then everything is quantized again.
 pub(crate) fn damage_hash(bytes: &[u8]) -> u64 {
     let mut hasher = DefaultHasher::new();
     hasher.write(bytes);

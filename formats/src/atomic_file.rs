@@ -3,23 +3,32 @@
 //! The bytes go to a temporary file beside the output, whose space is reserved before the first of them. Only after
 //! everything is on disk, has been read back and was found right does the file get its name, in one step that a
 //! crash cannot split. Whatever fails before that step leaves the output's name as it was.
+//!
+//! An output that takes long grows as `OUT.part`, which stays when a run ends early and from which another goes on. Until
+//! it is complete, a journal lies behind its last byte: magic, a fingerprint of what determines the output's bytes, and a
+//! hash of each part of the output, 0 while it is not written. A hash that does not fit says that the part has to be
+//! written again, whether a power cut lost it or something else damaged it.
 
 use crate::{Error, ErrorKind, Result};
 use rustix::fs::{FallocateFlags, RenameFlags};
 use rustix::io::Errno;
 use std::ffi::OsString;
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::io::ErrorKind as IoKind;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
+/// What a journal begins with.
+const JOURNAL_MAGIC: &[u8; 8] = b"KESTRLJ1";
 /// Bytes of a file name that every common file system allows.
 const NAME_BYTES_MAX: usize = 255;
 /// Temporary names tried before giving up: others are left from runs of the same process id that were killed.
 const TEMP_NAMES: u32 = 64;
 
-/// A file being written under a temporary name. Dropped without [`AtomicFile::commit`], it is removed.
+/// A file being written under a temporary name. Dropped without [`AtomicFile::commit`], it is removed, unless another run
+/// can go on from it.
 #[derive(Debug)]
 pub struct AtomicFile {
     file: File,
@@ -27,6 +36,28 @@ pub struct AtomicFile {
     target: PathBuf,
     force: bool,
     published: bool,
+    journal: Option<Journal>,
+}
+
+/// What tells one interrupted run from another.
+#[derive(Clone, Copy, Debug)]
+pub struct Run {
+    /// Stands for everything that determines the output's bytes.
+    pub fingerprint: [u8; 32],
+    /// Parts in which the output is written.
+    pub n_parts: usize,
+}
+
+#[derive(Debug)]
+struct Journal {
+    /// Where the hashes begin.
+    hashes_at: u64,
+    /// Bytes of the output, which the journal lies behind.
+    file_bytes: u64,
+    /// What earlier runs recorded.
+    known: Vec<u64>,
+    /// Whether there is something to go on from.
+    begun: AtomicBool,
 }
 
 impl AtomicFile {
@@ -38,9 +69,86 @@ impl AtomicFile {
         let target = check_target(target, force)?;
         let create = |temp: &Path| File::options().read(true).write(true).create_new(true).open(temp);
         let (file, temp) = create_temp(&target, create)?;
-        let out = Self { file, temp, target, force, published: false };
+        let out = Self { file, temp, target, force, published: false, journal: None };
         out.reserve(file_bytes)?;
         Ok(out)
+    }
+
+    /// As [`AtomicFile::create`], for an output that takes long and grows as [`part_of`] its name. With `resume` it goes
+    /// on with what an interrupted run left there, if there is something.
+    ///
+    /// Errors: also `OutputExists` if there is something and `resume` is false, or another run is writing it;
+    /// `Inconsistent` if it is of another run.
+    pub fn resumable(
+        target: &Path,
+        file_bytes: u64,
+        run: &Run,
+        (force, resume): (bool, bool),
+    ) -> Result<Self> {
+        let real = check_target(target, force)?;
+        let part = part_of(&real);
+        let head = [JOURNAL_MAGIC.as_slice(), &run.fingerprint].concat();
+        let hashes_at = file_bytes.saturating_add(head.len() as u64);
+        let all_bytes = hashes_at.saturating_add(8 * run.n_parts as u64);
+        let journal = |known: Vec<u64>| Journal {
+            hashes_at,
+            file_bytes,
+            begun: AtomicBool::new(known.iter().any(|&hash| hash != 0)),
+            known,
+        };
+        match std::fs::symlink_metadata(&part) {
+            Err(e) if e.kind() == IoKind::NotFound => {}
+            Err(e) => return Err(Error::io(&part, "looking at the interrupted run", e)),
+            Ok(_) if !resume => return Err(interrupted_run(&part)),
+            Ok(found) if !found.is_file() => {
+                return Err(Error::new(ErrorKind::NotRegularFile).file(&part).what("interrupted run"));
+            }
+            Ok(_) => {
+                let file = File::options().read(true).write(true).open(&part);
+                let file = file.map_err(|e| Error::io(&part, "opening the interrupted run", e))?;
+                lock(&file, &part)?;
+                let known = read_journal(&file, &part, &head, (file_bytes, all_bytes))?;
+                let journal = Some(journal(known));
+                return Ok(Self { file, temp: part, target: real, force, published: false, journal });
+            }
+        }
+        let mut out = Self::create(target, all_bytes, force)?;
+        let io = |e| Error::io(&part, "creating the output", e);
+        out.file.set_len(all_bytes).map_err(io)?; // where space cannot be reserved
+        out.write_at(file_bytes, &head)?;
+        // It gets its name with its journal, so that whatever has this name can be told from other files.
+        lock(&out.file, &out.temp)?;
+        rename_new(&out.temp, &part).map_err(|e| match e.kind() {
+            IoKind::AlreadyExists => interrupted_run(&part),
+            _ => io(e),
+        })?;
+        out.temp = part;
+        out.journal = Some(journal(Vec::new()));
+        Ok(out)
+    }
+
+    /// The hash that an earlier run recorded of this part of the output.
+    pub fn recorded(&self, part: usize) -> Option<u64> {
+        self.journal.as_ref()?.known.get(part).copied().filter(|&hash| hash != 0)
+    }
+
+    /// Says that a part of the output is written and has this hash. Does nothing for a file that no run goes on from.
+    pub fn record(&self, part: usize, hash: u64) -> Result<()> {
+        let Some(journal) = &self.journal else { return Ok(()) };
+        journal.begun.store(true, Ordering::Relaxed);
+        self.write_at(journal.hashes_at + 8 * part as u64, &hash.to_le_bytes())
+    }
+
+    /// What another run can go on from, if this one ends now.
+    pub fn part(&self) -> Option<&Path> {
+        let journal = self.journal.as_ref()?;
+        journal.begun.load(Ordering::Relaxed).then_some(&*self.temp)
+    }
+
+    /// Bytes of the file under its temporary name that are not the output's.
+    pub fn journal_bytes(&self) -> u64 {
+        let Some(journal) = &self.journal else { return 0 };
+        self.file.metadata().map_or(0, |meta| meta.len().saturating_sub(journal.file_bytes))
     }
 
     /// Writes all of `bytes` at `offset`; callable from many threads at once.
@@ -81,6 +189,12 @@ impl AtomicFile {
         // So that the check sees what the disk holds rather than what is still cached; failing to is no error.
         let _ = rustix::fs::fadvise(&self.file, 0, None, rustix::fs::Advice::DontNeed);
         check(&self.temp)?;
+        if let Some(journal) = &self.journal {
+            // Without its journal no run goes on from it, so whatever keeps it from its name should show before.
+            check_target(&self.target, self.force)?;
+            let cut = self.file.set_len(journal.file_bytes).and_then(|()| self.file.sync_all());
+            cut.map_err(|e| self.io("cutting off the journal", e))?;
+        }
         self.publish()?;
         self.published = true;
         sync_folder(&self.target)
@@ -140,7 +254,7 @@ impl AtomicFile {
 
 impl Drop for AtomicFile {
     fn drop(&mut self) {
-        if !self.published {
+        if !self.published && self.part().is_none() {
             let _ = std::fs::remove_file(&self.temp);
         }
     }
@@ -175,6 +289,58 @@ pub fn same_file(a: &Path, b: &Path) -> bool {
         (Ok(a), Ok(b)) => (a.dev(), a.ino()) == (b.dev(), b.ino()),
         _ => false,
     }
+}
+
+/// Where an output that takes long grows: `OUT.part`.
+pub fn part_of(target: &Path) -> PathBuf {
+    let mut name = target.file_name().unwrap_or_default().to_owned();
+    name.push(".part");
+    target.with_file_name(name)
+}
+
+/// There is an interrupted run, and nobody said that it should go on.
+pub fn interrupted_run(part: &Path) -> Error {
+    Error::new(ErrorKind::OutputExists)
+        .file(part)
+        .expected("no interrupted run")
+        .found("what one left")
+        .hint("--resume goes on from it; without the file it begins anew")
+}
+
+/// Keeps a second run from writing the same part, or one that has just become the output.
+fn lock(file: &File, path: &Path) -> Result<()> {
+    let error = |found: &str| {
+        Error::new(ErrorKind::OutputExists).file(path).expected("an interrupted run").found(found)
+    };
+    // File systems that cannot lock are used without.
+    if let Err(TryLockError::WouldBlock) = file.try_lock() {
+        return Err(error("one that another process goes on with"));
+    }
+    let io = |e| Error::io(path, "looking at the interrupted run", e);
+    let ours = file.metadata().map_err(io)?;
+    match std::fs::metadata(path) {
+        Ok(named) if (named.dev(), named.ino()) == (ours.dev(), ours.ino()) => Ok(()),
+        _ => Err(error("one that another process has finished")),
+    }
+}
+
+/// The hashes of a file that is `all_bytes` long, behind `head` at `at`.
+fn read_journal(file: &File, part: &Path, head: &[u8], (at, all_bytes): (u64, u64)) -> Result<Vec<u64>> {
+    let io = |e| Error::io(part, "reading the interrupted run", e);
+    let mut bytes = vec![0; (all_bytes - at) as usize];
+    let same = file.metadata().map_err(io)?.len() == all_bytes && {
+        file.read_exact_at(&mut bytes, at).map_err(io)?;
+        bytes.starts_with(head)
+    };
+    if !same {
+        return Err(Error::new(ErrorKind::Inconsistent)
+            .file(part)
+            .what("interrupted run")
+            .expected("one of the same source and options")
+            .found("another")
+            .hint("without the file it begins anew"));
+    }
+    Ok(bytes[head.len()..].as_chunks().0.iter().map(|word| u64::from_le_bytes(*word)).collect())
 }
 
 pub(crate) fn output_exists(target: &Path) -> Error {
@@ -313,6 +479,75 @@ mod tests {
         forced.commit(|_| Ok(())).unwrap();
         assert_eq!(std::fs::read(&out).unwrap(), b"new");
         assert_eq!(dir.names(), ["a.gguf"]);
+    }
+
+    const RUN: Run = Run { fingerprint: [7; 32], n_parts: 2 };
+
+    #[test]
+    fn an_output_that_takes_long_grows_over_several_runs() {
+        let dir = Folder::new("resumed");
+        let out = dir.0.join("a.gguf");
+        let open = |run: &Run, resume| AtomicFile::resumable(&out, 8, run, (false, resume));
+        // What recorded nothing leaves nothing.
+        drop(open(&RUN, false).unwrap());
+        assert!(dir.names().is_empty());
+
+        let first = open(&RUN, false).unwrap();
+        first.write_at(0, b"1234").unwrap();
+        assert!(first.part().is_none());
+        first.record(1, 99).unwrap();
+        assert_eq!(first.part(), Some(dir.0.join("a.gguf.part").as_path()));
+        let found = |opened: Result<AtomicFile>| {
+            opened.err().map(|e| (e.kind(), e.details().found.clone().unwrap_or_default()))
+        };
+        assert_eq!(
+            found(open(&RUN, true)).unwrap(),
+            (ErrorKind::OutputExists, "one that another process goes on with".into())
+        );
+        drop(first);
+        assert_eq!(dir.names(), ["a.gguf.part"]);
+        assert_eq!(found(open(&RUN, false)).unwrap().0, ErrorKind::OutputExists);
+        for other in [Run { fingerprint: [8; 32], ..RUN }, Run { n_parts: 3, ..RUN }] {
+            assert_eq!(found(open(&other, true)).unwrap().0, ErrorKind::Inconsistent);
+        }
+
+        let second = open(&RUN, true).unwrap();
+        assert_eq!((second.recorded(0), second.recorded(1), second.recorded(2)), (None, Some(99), None));
+        assert_eq!(second.journal_bytes(), 8 + 32 + 16);
+        second.write_at(4, b"5678").unwrap();
+        second.commit(|_| Ok(())).unwrap();
+        assert_eq!(std::fs::read(&out).unwrap(), b"12345678");
+        assert_eq!(dir.names(), ["a.gguf"]);
+        assert_eq!(found(open(&RUN, true)).unwrap().0, ErrorKind::OutputExists);
+    }
+
+    /// An output that appears late does not cost the run what it did.
+    #[test]
+    fn a_part_that_cannot_get_its_name_stays_whole() {
+        let dir = Folder::new("late");
+        let out = dir.0.join("a.gguf");
+        let file = AtomicFile::resumable(&out, 4, &RUN, (false, false)).unwrap();
+        file.record(0, 1).unwrap();
+        std::fs::write(&out, b"old").unwrap();
+        assert_eq!(file.commit(|_| Ok(())).unwrap_err().kind(), ErrorKind::OutputExists);
+        let again = AtomicFile::resumable(&out, 4, &RUN, (true, true)).unwrap();
+        assert_eq!(again.recorded(0), Some(1));
+        assert_eq!(std::fs::read(&out).unwrap(), b"old");
+    }
+
+    #[test]
+    fn a_part_that_is_no_file_or_no_journal_is_refused() {
+        let dir = Folder::new("no-part");
+        let out = dir.0.join("a.gguf");
+        let kind = || AtomicFile::resumable(&out, 4, &RUN, (false, true)).err().map(|e| e.kind());
+        let part = dir.0.join("a.gguf.part");
+        for bytes in [vec![], vec![0; 4], vec![0; 4 + 8 + 32 + 16]] {
+            std::fs::write(&part, bytes).unwrap();
+            assert_eq!(kind(), Some(ErrorKind::Inconsistent));
+        }
+        std::fs::rename(&part, dir.0.join("real")).unwrap();
+        std::os::unix::fs::symlink("real", &part).unwrap();
+        assert_eq!(kind(), Some(ErrorKind::NotRegularFile));
     }
 
     #[test]

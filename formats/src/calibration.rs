@@ -9,9 +9,10 @@
 //! | `NAME.count` | (1) | how many inputs; 0 if not measured yet |
 //! | `NAME.kl` | (types) | mean KL divergence of the model with only this matrix in each type of `kestrel.calibration.types`; all 0 if not measured yet, infinite for types whose blocks do not divide a row |
 //!
-//! The embedding has no inputs, hence no products. While it grows the file is called `OUT.part`.
+//! The embedding has no inputs, hence no products. While it grows the file is called `OUT.part`, and what a run needs only
+//! for itself lies behind its end.
 
-use crate::atomic_file::{check_target, output_exists, rename_new, sync_folder};
+use crate::atomic_file::{check_target, interrupted_run, output_exists, part_of, rename_new, sync_folder};
 use crate::gguf::{Gguf, TensorDecl, Value, layout};
 use crate::map::{Map, f32s};
 use crate::{Error, ErrorKind, GgmlType, Result};
@@ -182,6 +183,8 @@ pub struct CalibrationWriter {
     force: bool,
     /// Where each tensor begins.
     offsets: BTreeMap<String, u64>,
+    /// Bytes of the calibration.
+    file_bytes: u64,
 }
 
 impl CalibrationWriter {
@@ -196,9 +199,7 @@ impl CalibrationWriter {
         (force, resume): (bool, bool),
     ) -> Result<Self> {
         let target = check_target(target, force)?;
-        let mut name = target.file_name().unwrap_or_default().to_owned();
-        name.push(".part");
-        let part = target.with_file_name(name);
+        let part = part_of(&target);
         let tensors = declarations(source, matrices);
         let layout = layout(&pairs(source), &tensors)?;
         let offsets = tensors.iter().zip(&layout.tensors).map(|(t, (offset, _))| (t.name.clone(), *offset));
@@ -210,16 +211,10 @@ impl CalibrationWriter {
                 file.write_all_at(&layout.header, 0).map_err(io)?;
                 file
             }
-            Err(e) if e.kind() == IoKind::AlreadyExists && !resume => {
-                return Err(Error::new(ErrorKind::OutputExists)
-                    .file(&part)
-                    .expected("no interrupted run")
-                    .found("what one measured")
-                    .hint("--resume goes on from it; without the file it begins anew"));
-            }
+            Err(e) if e.kind() == IoKind::AlreadyExists && !resume => return Err(interrupted_run(&part)),
             Err(e) if e.kind() == IoKind::AlreadyExists => {
                 let map = Map::open(&part)?;
-                let same = map.len() as u64 == layout.file_bytes && map.starts_with(&layout.header);
+                let same = map.len() as u64 >= layout.file_bytes && map.starts_with(&layout.header);
                 if !same {
                     return Err(Error::new(ErrorKind::Inconsistent)
                         .file(&part)
@@ -231,7 +226,7 @@ impl CalibrationWriter {
             }
             Err(e) => return Err(io(e)),
         };
-        Ok(Self { file, part, target, force, offsets })
+        Ok(Self { file, part, target, force, offsets, file_bytes: layout.file_bytes })
     }
 
     /// The file that grows.
@@ -263,6 +258,18 @@ impl CalibrationWriter {
         self.put(gguf_name, KL, &kl)
     }
 
+    /// Keeps `bytes` at `offset` behind the end, for this run: on disk rather than in memory.
+    pub fn set_aside(&self, offset: u64, bytes: &[u8]) -> Result<()> {
+        let at = self.file_bytes.saturating_add(offset);
+        self.file.write_all_at(bytes, at).map_err(|e| Error::io(&self.part, "writing", e).at(at))
+    }
+
+    /// What was set aside at `offset`.
+    pub fn read_aside(&self, offset: u64, bytes: &mut [u8]) -> Result<()> {
+        let at = self.file_bytes.saturating_add(offset);
+        self.file.read_exact_at(bytes, at).map_err(|e| Error::io(&self.part, "reading", e).at(at))
+    }
+
     fn put(&self, gguf_name: &str, suffix: &str, numbers: &[f32]) -> Result<()> {
         let Some(&offset) = self.offsets.get(&format!("{gguf_name}{suffix}")) else {
             return Err(
@@ -276,7 +283,8 @@ impl CalibrationWriter {
     /// Gives the file its name.
     pub fn finish(self) -> Result<PathBuf> {
         let io = |e| Error::io(&self.target, "giving the output its name", e);
-        self.file.sync_all().map_err(|e| Error::io(&self.part, "forcing the calibration to disk", e))?;
+        let on_disk = self.file.set_len(self.file_bytes).and_then(|()| self.file.sync_all());
+        on_disk.map_err(|e| Error::io(&self.part, "forcing the calibration to disk", e))?;
         match self.force {
             true => std::fs::rename(&self.part, &self.target).map_err(io)?,
             false => rename_new(&self.part, &self.target).map_err(|e| match e.kind() {
@@ -351,6 +359,10 @@ mod tests {
         let writer = CalibrationWriter::open(&target, &source(), &matrices, (false, false)).unwrap();
         let products = [2.0, 1.0, 1.0, 2.0, 3.0, 0.5, 0.5, 3.0];
         writer.products("a", &products, 7.0).unwrap();
+        writer.set_aside(3, &[5; 9]).unwrap();
+        let mut aside = [0; 2];
+        writer.read_aside(10, &mut aside).unwrap();
+        assert_eq!(aside, [5; 2]);
         assert!(writer.so_far().unwrap().divergence("a").is_none());
         drop(writer);
         let open = |source: &CalibrationSource, resume| {
@@ -366,6 +378,7 @@ mod tests {
         writer.divergence("a", &[f32::INFINITY, 0.25]).unwrap();
         writer.finish().unwrap();
         let read = Calibration::open(&target).unwrap();
+        assert!(read.file.warnings().is_empty(), "nothing follows the last tensor");
         assert_eq!(read.products("a"), Some((&products[..], 2)));
         assert_eq!(read.products("embd"), None);
         assert_eq!(read.divergence("a").unwrap().collect::<Vec<_>>(), [(GgmlType::Q4K, 0.25)]);

@@ -171,11 +171,18 @@ pub struct KlBase {
 }
 
 /// What a base model predicts at one position, for each token of the vocabulary.
-pub enum Prediction {
+pub enum Prediction<'a> {
     /// Log-probabilities; minus infinity for what llama.cpp left out.
-    LogProbs(Vec<f64>),
+    LogProbs(&'a [f64]),
     /// Finite logits.
-    Logits(Vec<f32>),
+    Logits(&'a [f32]),
+}
+
+/// Room for a prediction, to be used again for the next.
+#[derive(Default)]
+pub struct PredictionBuffer {
+    log_probs: Vec<f64>,
+    logits: Vec<f32>,
 }
 
 impl KlBase {
@@ -260,12 +267,17 @@ impl KlBase {
         self.extent.n_rows()
     }
 
-    /// The prediction at scored position `i`, counted over all windows. A token that llama.cpp left out is kept if it is
+    /// The prediction at scored position `i`, counted over all windows, in `buffer`. A token that llama.cpp left out is kept if it is
     /// `next`, which really follows. Errors: `NotFinite`; `OutOfRange` for what are no probabilities.
     ///
     /// # Panics
     /// If there is no such position.
-    pub fn prediction(&self, i: usize, next: u32) -> Result<Prediction> {
+    pub fn prediction<'a>(
+        &self,
+        i: usize,
+        next: u32,
+        buffer: &'a mut PredictionBuffer,
+    ) -> Result<Prediction<'a>> {
         let start = self.extent.rows_at() + i as u64 * self.extent.row_bytes();
         // The file's length was checked, so all of it lies in memory.
         let row = &self.map[start as usize..(start + self.extent.row_bytes()) as usize];
@@ -274,7 +286,8 @@ impl KlBase {
         };
         match self.extent.layout {
             Layout::LlamaCpp => {
-                let log_probs = decode(row, self.extent.vocab, next);
+                let log_probs = &mut buffer.log_probs;
+                decode(row, self.extent.vocab, next, log_probs);
                 let sum: f64 = log_probs.iter().map(|p| p.exp()).sum();
                 let of_next = log_probs.get(next as usize).copied().unwrap_or(f64::NAN);
                 match sum.is_finite() && of_next.is_finite() {
@@ -286,7 +299,9 @@ impl KlBase {
                 }
             }
             Layout::F32 => {
-                let logits: Vec<f32> = row.as_chunks().0.iter().map(|w| f32::from_le_bytes(*w)).collect();
+                let logits = &mut buffer.logits;
+                logits.clear();
+                logits.extend(row.as_chunks().0.iter().map(|w| f32::from_le_bytes(*w)));
                 match logits.iter().all(|x| x.is_finite()) {
                     true => Ok(Prediction::Logits(logits)),
                     false => Err(error(ErrorKind::NotFinite).expected("finite numbers")),
@@ -297,7 +312,7 @@ impl KlBase {
 }
 
 /// The log-probabilities of a row of llama.cpp's.
-fn decode(row: &[u8], vocab: u32, next: u32) -> Vec<f64> {
+fn decode(row: &[u8], vocab: u32, next: u32, log_probs: &mut Vec<f64>) {
     let (words, _) = row.as_chunks::<4>();
     let (scale, least) = (f32::from_le_bytes(words[0]), f32::from_le_bytes(words[1]));
     let (codes, _) = row[8..].as_chunks::<2>();
@@ -305,12 +320,19 @@ fn decode(row: &[u8], vocab: u32, next: u32) -> Vec<f64> {
         let p = scale * f32::from(u16::from_le_bytes(*code)) + least;
         if p <= -LEAST && token != next { f64::NEG_INFINITY } else { p.into() }
     };
-    (0..vocab).zip(codes).map(log_prob).collect()
+    log_probs.clear();
+    log_probs.extend((0..vocab).zip(codes).map(log_prob));
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn decoded(row: &[u8], vocab: u32, next: u32) -> Vec<f64> {
+        let mut out = vec![1.0]; // what was there before goes
+        decode(row, vocab, next, &mut out);
+        out
+    }
 
     /// By hand: three tokens, of which one is too unlikely to be kept, and a fourth place of padding.
     #[test]
@@ -325,11 +347,11 @@ mod tests {
         assert!((f64::from(least) - (-16.0 - lse)).abs() < 1e-6, "{least}");
         let codes: Vec<u16> = row[8..].as_chunks().0.iter().map(|c| u16::from_le_bytes(*c)).collect();
         assert_eq!(codes, [61439, 65535, 0, 0]);
-        let out = decode(&row, 3, 0);
+        let out = decoded(&row, 3, 0);
         assert_eq!(out.len(), 3);
         assert!((out[0] - (-1.0 - lse)).abs() < 2e-4 && (out[1] + lse).abs() < 2e-6, "{out:?}");
         assert_eq!(out[2], f64::NEG_INFINITY);
-        assert_eq!(decode(&row, 3, 2)[2], f64::from(least));
+        assert_eq!(decoded(&row, 3, 2)[2], f64::from(least));
     }
 
     #[test]
@@ -343,7 +365,7 @@ mod tests {
     fn equal_logits_have_no_scale() {
         let mut row = Vec::new();
         encode(&[3.0; 4], &mut row);
-        let out = decode(&row, 4, 0);
+        let out = decoded(&row, 4, 0);
         assert!(out.iter().all(|p| (p - 0.25f64.ln()).abs() < 1e-6), "{out:?}");
     }
 }

@@ -120,7 +120,8 @@ pub struct Stamp {
     inode: u64,
     /// Bytes of the file.
     pub n_bytes: u64,
-    modified: (i64, i64),
+    /// Time of modification: seconds and nanoseconds.
+    pub modified: (i64, i64),
 }
 
 impl Stamp {

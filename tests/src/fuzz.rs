@@ -15,7 +15,7 @@ use kestrel_formats::calibration::Calibration;
 use kestrel_formats::checkpoint::{Checkpoint, safetensors_tensors};
 use kestrel_formats::gguf::{Gguf, TensorDecl, layout};
 use kestrel_formats::imatrix::Imatrix;
-use kestrel_formats::kl_base::{KlBase, Prediction};
+use kestrel_formats::kl_base::{KlBase, Prediction, PredictionBuffer};
 use kestrel_formats::map::Map;
 use kestrel_formats::tokenizer::TokenizerData;
 use kestrel_formats::{GgmlType, Result};
@@ -569,20 +569,20 @@ pub fn kl_base(bytes: &[u8]) {
     let Ok(base) = outcome else { return };
     assert!(base.tokens().iter().all(|&t| (t as usize) < VOCAB));
     let (mut divergence, mut n) = (Divergence::default(), 0);
+    let (mut buffer, mut normalized) = (PredictionBuffer::default(), vec![0.0; VOCAB]);
     for i in 0..base.n_scored() as usize {
         let next = (i % VOCAB) as u32;
-        let log_probs = match base.prediction(i, next) {
+        let log_probs = match base.prediction(i, next, &mut buffer) {
             Ok(Prediction::LogProbs(log_probs)) => log_probs,
             Ok(Prediction::Logits(logits)) => {
-                let mut log_probs = vec![0.0; VOCAB];
-                log_softmax(&logits, &mut log_probs);
-                log_probs
+                log_softmax(logits, &mut normalized);
+                &normalized
             }
             Err(_) => continue,
         };
         let sum: f64 = log_probs.iter().map(|p| p.exp()).sum();
         assert!((0.5..1.1).contains(&sum) && log_probs[next as usize].is_finite(), "{log_probs:?}");
-        divergence.add(&log_probs, &[-(VOCAB as f64).ln(); VOCAB], next);
+        divergence.add(log_probs, &[-(VOCAB as f64).ln(); VOCAB], next);
         n += 1;
     }
     assert!(n == 0 || divergence.mean_kl().is_finite(), "a divergence of {}", divergence.mean_kl());

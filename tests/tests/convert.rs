@@ -3,6 +3,7 @@
 use kestrel_convert::{
     Options, Plan, Progress, Report, SOURCE_SHA256, SSM_X_SCALE, Source, plan, run, verify,
 };
+use kestrel_formats::calibration::{CalibratedMatrix, Calibration, CalibrationSource, CalibrationWriter};
 use kestrel_formats::gguf::{Gguf, Value};
 use kestrel_formats::imatrix::Imatrix;
 use kestrel_formats::{Error, ErrorKind, GgmlType, Result};
@@ -431,6 +432,123 @@ fn an_interrupted_run_leaves_nothing_wherever_it_stops() {
     }
 }
 
+fn copy_of_tiny() -> TempDir {
+    let dir = TempDir::new();
+    for entry in std::fs::read_dir(tiny()).unwrap() {
+        let entry = entry.unwrap();
+        dir.file(entry.file_name().to_str().unwrap(), &std::fs::read(entry.path()).unwrap());
+    }
+    dir
+}
+
+/// A calibration of three matrices of the tiny model, whose columns are independent but for neighbours.
+fn calibration(dir: &Path) -> Calibration {
+    let path = dir.join("c.gguf");
+    let names = ["output.weight", "blk.0.ssm_in.weight", "blk.3.ssm_out.weight"];
+    let source = CalibrationSource { model: 1, tokens: 2, ctx: 8, dataset: "text".into(), types: vec![] };
+    let matrices = names.map(|name| {
+        let cols = if name.contains("out.") { 512 } else { 256 };
+        CalibratedMatrix { name: name.into(), cols, group: cols }
+    });
+    let writer = CalibrationWriter::open(&path, &source, &matrices, (false, false)).unwrap();
+    for m in &matrices {
+        let product = |i: usize| match (i / m.cols).abs_diff(i % m.cols) {
+            0 => 1.0,
+            1 => 0.4,
+            _ => 0.0,
+        };
+        writer.products(&m.name, &(0..m.cols * m.cols).map(product).collect::<Vec<_>>(), 9.0).unwrap();
+    }
+    Calibration::open(&writer.finish().unwrap()).unwrap()
+}
+
+#[test]
+fn a_conversion_with_a_calibration_goes_on_where_it_was_interrupted() {
+    let calibrations = TempDir::new();
+    let calibration = calibration(calibrations.path());
+    let mut options = Options { calibration: Some(calibration), threads: 1, ..options("q4_k_m") };
+    let source = copy_of_tiny();
+    let at_piece = |options: &Options, out: &Path, n: usize, cancel: &AtomicBool| {
+        let plan = plan(&Source::open(source.path())?, options)?;
+        let act = || cancel.store(true, Ordering::SeqCst);
+        run(&plan, options, out, &AtPiece { n, seen: AtomicUsize::new(0), act }, cancel)
+    };
+    let to_end = |options: &Options, out: &Path| at_piece(options, out, usize::MAX, &AtomicBool::new(false));
+    let dir = TempDir::new();
+    let out = dir.path().join("out.gguf");
+    let p = plan(&Source::open(source.path()).unwrap(), &options).unwrap();
+    assert_eq!(p.tensors.iter().filter(|t| t.fed).count(), 3);
+    let data_bytes: u64 = p.tensors.iter().map(|t| t.n_bytes).sum();
+    assert_eq!(to_end(&options, &out).unwrap().kept_bytes, 0);
+    let whole = std::fs::read(&out).unwrap();
+    std::fs::remove_file(&out).unwrap();
+
+    // In the conversion's first piece, in its middle, and while the last are checked.
+    let mut kept = Vec::new();
+    for n in [0, 30, 100] {
+        let error = at_piece(&options, &out, n, &AtomicBool::new(false)).expect_err("an interruption");
+        assert_eq!(error.kind(), ErrorKind::Interrupted);
+        assert!(error.to_string().contains("--resume"), "{error}");
+        assert_eq!(names_in(&dir), ["out.gguf.part"]);
+        assert_eq!(to_end(&options, &out).unwrap_err().kind(), ErrorKind::OutputExists);
+        options.resume = true;
+        // Neither the number of threads nor the instruction set matters.
+        (options.threads, options.isa) = (2, Isa::Baseline);
+        kept.push(to_end(&options, &out).unwrap().kept_bytes);
+        (options.resume, options.threads, options.isa) = (false, 1, Isa::best());
+        assert_eq!(names_in(&dir), ["out.gguf"]);
+        assert!(std::fs::read(&out).unwrap() == whole, "another file than in one run");
+        std::fs::remove_file(&out).unwrap();
+    }
+    assert!(0 < kept[0] && kept[0] < kept[1] && kept[1] < kept[2] && kept[2] == data_bytes, "{kept:?}");
+
+    // Interrupted twice; and what was damaged meanwhile is quantized again.
+    let part = dir.path().join("out.gguf.part");
+    at_piece(&options, &out, 20, &AtomicBool::new(false)).unwrap_err();
+    options.resume = true;
+    at_piece(&options, &out, 40, &AtomicBool::new(false)).unwrap_err();
+    let sound = std::fs::read(&part).unwrap();
+    let damage = |at: usize| {
+        let mut bytes = sound.clone();
+        bytes[at] ^= 1;
+        std::fs::write(&part, bytes).unwrap();
+    };
+    let undamaged = to_end(&options, &out).unwrap().kept_bytes;
+    std::fs::remove_file(&out).unwrap();
+    // What is not written yet is zero.
+    let begin = p.tensors[0].offset as usize;
+    damage(begin + sound[begin..].iter().position(|&byte| byte != 0).unwrap());
+    let damaged = to_end(&options, &out).unwrap().kept_bytes;
+    assert!(kept[1] < undamaged && kept[0] < damaged && damaged < undamaged, "{damaged} {undamaged}");
+    assert!(std::fs::read(&out).unwrap() == whole, "another file than in one run");
+    std::fs::remove_file(&out).unwrap();
+
+    // What another run left is refused and stays.
+    damage(whole.len());
+    let refused = |options: &Options| {
+        let before = std::fs::read(&part).unwrap();
+        assert_eq!(to_end(options, &out).unwrap_err().kind(), ErrorKind::Inconsistent);
+        assert!(std::fs::read(&part).unwrap() == before && names_in(&dir) == ["out.gguf.part"]);
+    };
+    refused(&options);
+    std::fs::write(&part, &sound).unwrap();
+    options.sweeps = 1;
+    refused(&options);
+    options.sweeps = 0;
+    let recipe =
+        std::mem::replace(&mut options.recipe, Recipe::new(FileType::parse("q4_0").unwrap(), &[]).unwrap());
+    refused(&options);
+    options.recipe = recipe;
+    let shard = source.path().join("model-00001-of-00002.safetensors");
+    let shard = std::fs::File::options().write(true).open(shard).unwrap();
+    let modified = shard.metadata().unwrap().modified().unwrap();
+    shard.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+    refused(&options);
+    shard.set_modified(modified).unwrap();
+    assert!(to_end(&options, &out).unwrap().kept_bytes > 0);
+    assert!(std::fs::read(&out).unwrap() == whole, "another file than in one run");
+}
+
 #[test]
 fn damage_between_writing_and_reading_back_is_noticed() {
     let dir = TempDir::new();
@@ -449,24 +567,16 @@ fn damage_between_writing_and_reading_back_is_noticed() {
 
 #[test]
 fn a_source_that_changes_meanwhile_is_noticed() {
-    let copy = || {
-        let dir = TempDir::new();
-        for entry in std::fs::read_dir(tiny()).unwrap() {
-            let entry = entry.unwrap();
-            dir.file(entry.file_name().to_str().unwrap(), &std::fs::read(entry.path()).unwrap());
-        }
-        dir
-    };
     let shard = "model-00001-of-00002.safetensors";
     let (never, out) = (AtomicBool::new(false), TempDir::new());
-    let dir = copy();
+    let dir = copy_of_tiny();
     let path = dir.path().join(shard);
     let done = run_with(dir.path(), &out.path().join("a"), 0, &never, || {
         let file = std::fs::File::options().write(true).open(&path).unwrap();
         file.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
     });
     assert_eq!(done.err().map(|e| e.kind()), Some(ErrorKind::Changed));
-    let dir = copy();
+    let dir = copy_of_tiny();
     let path = dir.path().join(shard);
     let done = run_with(dir.path(), &out.path().join("b"), 0, &never, || {
         std::fs::File::options().write(true).open(&path).unwrap().set_len(100_000).unwrap();

@@ -39,7 +39,8 @@ const PASS_BYTES: usize = 640 << 20;
 ///
 /// For error feedback, the products of the inputs of every matrix, of columns in groups; the layers are taken in as
 /// many passes over the text as fit in 640 MiB. For --target-size and its kin, the KL divergence of the model with each
-/// matrix in turn quantized. An interrupted run leaves OUT.part, from which --resume goes on.
+/// matrix in turn quantized; meanwhile OUT.part also holds what the model predicts, 66 MB per window of the 7B. An
+/// interrupted run leaves OUT.part, from which --resume goes on, in either half.
 #[derive(Args)]
 #[command(after_help = "\
 Example:
@@ -182,7 +183,7 @@ impl Work<'_> {
         let missing: Vec<_> =
             self.matrices.iter().filter(|(_, _, m)| so_far.divergence(&m.name).is_none()).collect();
         let bar = Count::new("matrices", self.matrices.len(), self.matrices.len() - missing.len());
-        let base = self.log_probs(model)?;
+        let base = self.set_base_aside(model)?;
         for (role, layer, m) in missing {
             self.check_interrupt()?;
             let feedback = so_far.products(&m.name).map(|(products, group)| {
@@ -205,7 +206,7 @@ impl Work<'_> {
                 .collect();
             let new = quantizer.requantized(matrix, probe)?;
             let old = model.replace_matrix(*role, *layer, new);
-            let kl = self.divergence(model, &base);
+            let kl = self.divergence(model, base);
             model.replace_matrix(*role, *layer, old);
             let kl = kl?;
             // A matrix that is all zero has no error in any type.
@@ -217,44 +218,59 @@ impl Work<'_> {
         Ok(())
     }
 
-    /// Calls `each` with the logits of the scored positions of the windows that the divergence is measured on, and the
-    /// token that follows.
-    fn logits(&self, model: &Model, mut each: impl FnMut(u32, &[f32])) -> Result<()> {
+    /// Calls `each` with the logits of the scored positions of the windows that the divergence is measured on, counted,
+    /// and the token that follows.
+    fn logits(&self, model: &Model, mut each: impl FnMut(u64, u32, &[f32]) -> Result<()>) -> Result<()> {
         let options = self.args.model.runner_options(self.args.model.threads.get());
         let options = kestrel_runtime::RunnerOptions { precise: true, ..options };
         let mut session = kestrel_runtime::Session::new(model, &options)?;
+        let (mut position, mut result) = (0, Ok(()));
         for window in self.windows.iter().take(self.args.kl_chunks as usize) {
             let scored = scored(window.len());
             let (unscored, read) = (&window[..scored.start], &window[scored.clone()]);
             session.reset();
             session.prefill(unscored)?;
-            session.prefill_with_logits(read, |i, logits| each(window[scored.start + i + 1], logits))?;
+            session.prefill_with_logits(read, |i, logits| {
+                if result.is_ok() {
+                    result = each(position, window[scored.start + i + 1], logits);
+                }
+                position += 1;
+            })?;
         }
-        Ok(())
+        result
     }
 
-    /// The base model's log-probabilities of every scored position, rounded to f32.
-    fn log_probs(&self, model: &Model) -> Result<Vec<Vec<f32>>> {
-        let mut out = Vec::new();
-        let mut row = vec![0.0; model.hparams().vocab_size];
-        self.logits(model, |_, logits| {
-            log_softmax(logits, &mut row);
-            out.push(row.iter().map(|&x| x as f32).collect());
+    /// Keeps the base model's log-probabilities of every scored position, rounded to f32. They are set aside on disk: of
+    /// eight windows of the 7B they have 530 MB, half of what the command may take of memory. Returns the bytes of a
+    /// position.
+    fn set_base_aside(&self, model: &Model) -> Result<u64> {
+        let mut log_probs = vec![0.0; model.hparams().vocab_size];
+        let mut bytes = Vec::new();
+        let row_bytes = 4 * log_probs.len() as u64;
+        self.logits(model, |position, _, logits| {
+            log_softmax(logits, &mut log_probs);
+            bytes.clear();
+            bytes.extend(log_probs.iter().flat_map(|&x| (x as f32).to_le_bytes()));
+            self.writer.set_aside(position * row_bytes, &bytes)
         })?;
-        Ok(out)
+        Ok(row_bytes)
     }
 
-    /// Mean divergence from the base model.
-    fn divergence(&self, model: &Model, base: &[Vec<f32>]) -> Result<f64> {
+    /// Mean divergence from the base model, of which a position has `row_bytes`.
+    fn divergence(&self, model: &Model, row_bytes: u64) -> Result<f64> {
         let mut sum = Divergence::default();
         let vocab = model.hparams().vocab_size;
         let (mut p, mut q) = (vec![0.0; vocab], vec![0.0; vocab]);
-        let mut base = base.iter();
-        self.logits(model, |next, logits| {
+        let (mut bytes, mut base) = (vec![0; row_bytes as usize], Vec::with_capacity(vocab));
+        self.logits(model, |position, next, logits| {
+            self.writer.read_aside(position * row_bytes, &mut bytes)?;
+            base.clear();
+            base.extend(bytes.as_chunks().0.iter().map(|word| f32::from_le_bytes(*word)));
             log_softmax(logits, &mut q);
             // Normalized again, or the rounding of the base would show.
-            base.next().into_iter().for_each(|base| log_softmax(base, &mut p));
+            log_softmax(&base, &mut p);
             sum.add(&p, &q, next);
+            Ok(())
         })?;
         Ok(sum.mean_kl().max(0.0))
     }

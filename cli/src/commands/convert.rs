@@ -24,7 +24,8 @@ use std::time::Instant;
 /// Convert a Hugging Face folder to a quantized GGUF file, or to a folder as bitsandbytes saves it
 ///
 /// Reads the safetensors shards once and writes the output under its final name only when it is complete, on disk and
-/// read back. Ctrl-C leaves nothing behind.
+/// read back. Ctrl-C leaves nothing behind, except with --calibration, where quantizing the 7B takes long: then what is
+/// done stays in OUT.part, from which the same command with --resume goes on.
 #[derive(Args)]
 #[command(after_help = "\
 Example:
@@ -181,6 +182,9 @@ pub fn convert(source: &Source, args: &ConversionArgs) -> Outcome {
     let report = kestrel_convert::run(&plan, &options, &output, &bar, interrupt::flag())?;
     drop(bar);
     let seconds = report.convert_time.as_secs_f64();
+    if report.kept_bytes > 0 {
+        output::note(&format!("{} were there from an interrupted run", output::bytes(report.kept_bytes)));
+    }
     output::note(&format!(
         "{}: {} from {}, {:.1} s ({:.0} MB/s read) and {:.1} s to check it",
         output.display(),
@@ -208,6 +212,7 @@ fn options(args: &ConversionArgs) -> Result<Options> {
         target: args.target(),
         threads: args.threads.get(),
         force: args.force,
+        resume: args.resume,
         isa: isa()?,
     })
 }

@@ -6,7 +6,7 @@ use crate::progress::Count;
 use crate::windows::Windows;
 use crate::{files, interrupt, output};
 use clap::Args;
-use kestrel_formats::atomic_file::check_target;
+use kestrel_formats::atomic_file::{check_target, interrupted_run, part_of};
 use kestrel_formats::imatrix::{Imatrix, Origin};
 use kestrel_formats::{Error, ErrorKind, Result};
 use kestrel_runtime::Model;
@@ -104,13 +104,6 @@ pub fn run(args: &ImatrixArgs) -> Outcome {
     Ok(())
 }
 
-/// Where an interrupted run leaves what it has.
-fn part_of(target: &Path) -> PathBuf {
-    let mut name = target.file_name().unwrap_or_default().to_owned();
-    name.push(".part");
-    target.with_file_name(name)
-}
-
 /// A measurement under way.
 struct Work<'a> {
     args: &'a ImatrixArgs,
@@ -149,11 +142,7 @@ impl Work<'_> {
             return Ok(());
         }
         if !self.args.resume {
-            return Err(Error::new(ErrorKind::OutputExists)
-                .file(part)
-                .expected("no interrupted run")
-                .found("what one measured")
-                .hint("--resume goes on from it; without the file it begins anew"));
+            return Err(interrupted_run(part));
         }
         let left = Imatrix::open(part)?;
         let done = left.chunks().unwrap_or(0) as usize;

@@ -7,7 +7,7 @@ use crate::windows::Windows;
 use crate::{files, interrupt, output};
 use clap::Args;
 use kestrel_formats::atomic_file::check_target;
-use kestrel_formats::kl_base::{KlBase, KlBaseWriter, Layout, Prediction};
+use kestrel_formats::kl_base::{KlBase, KlBaseWriter, Layout, Prediction, PredictionBuffer};
 use kestrel_formats::{Error, ErrorKind, Result};
 use kestrel_runtime::evaluate::{Divergence, DivergenceSummary, Estimate, Perplexity, log_softmax, scored};
 use kestrel_runtime::reader::{Reader, Sequence};
@@ -166,13 +166,15 @@ struct Evaluation {
     n_scored: usize,
     log_probs: Vec<f64>,
     base_log_probs: Vec<f64>,
+    prediction: PredictionBuffer,
 }
 
 impl Evaluation {
     fn new(vocab: usize, base: Base) -> Self {
         let zeros = vec![0.0; vocab];
         let perplexity = Perplexity::default();
-        Self { perplexity, base, n_scored: 0, log_probs: zeros.clone(), base_log_probs: zeros }
+        let prediction = PredictionBuffer::default();
+        Self { perplexity, base, n_scored: 0, log_probs: zeros.clone(), base_log_probs: zeros, prediction }
     }
 
     fn position(&mut self, logits: &[f32], next: u32) -> Result<()> {
@@ -182,11 +184,14 @@ impl Evaluation {
             Base::None => {}
             Base::Save(writer) => writer.push(logits)?,
             Base::Compare(base, divergence) => {
-                match base.prediction(self.n_scored, next)? {
-                    Prediction::LogProbs(log_probs) => self.base_log_probs = log_probs,
-                    Prediction::Logits(logits) => log_softmax(&logits, &mut self.base_log_probs),
-                }
-                divergence.add(&self.base_log_probs, &self.log_probs, next);
+                let of_base = match base.prediction(self.n_scored, next, &mut self.prediction)? {
+                    Prediction::LogProbs(log_probs) => log_probs,
+                    Prediction::Logits(logits) => {
+                        log_softmax(logits, &mut self.base_log_probs);
+                        &self.base_log_probs
+                    }
+                };
+                divergence.add(of_base, &self.log_probs, next);
             }
         }
         self.n_scored += 1;

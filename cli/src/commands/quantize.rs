@@ -12,7 +12,8 @@ use std::path::PathBuf;
 /// Make a GGUF file of another type
 ///
 /// Metadata is kept. Quantizing what is quantized already works but loses more than starting from the checkpoint or an
-/// F32, F16 or BF16 file; it is warned about.
+/// F32, F16 or BF16 file; it is warned about. Ctrl-C leaves nothing behind, except with --calibration: then what is done
+/// stays in OUT.part, from which the same command with --resume goes on.
 #[derive(Args)]
 #[command(after_help = "\
 Example:
