@@ -663,3 +663,38 @@ fn an_input_that_changes_during_the_conversion() {
         (!clean || !nothing).then(|| format!("{}, {name}: {:?}, {stderr}", writer.name, done.status))
     });
 }
+
+/// G100 of the bad inputs: strace holds a reader between asking for the file's size and mapping it; meanwhile the file
+/// shrinks.
+#[test]
+#[ignore = "needs strace"]
+fn a_model_that_shrinks_before_it_is_mapped() {
+    let readers: [&[&str]; 2] = [&["inspect"], &["run", "-p", "a", "-n", "1"]];
+    let cases: Vec<_> = readers.iter().flat_map(|args| [0, 100, 4096].map(|size| (args, size))).collect();
+    try_all(&cases, |(args, size)| {
+        let dir = folder();
+        let path = dir.path().join("m.gguf");
+        let mut command = Command::new("strace");
+        command.args(["-f", "-qq", "-o", "log", "-e", "trace=openat,mmap", "-P"]).arg(&path);
+        command.args(["-e", "inject=mmap:delay_enter=1500000", env!("CARGO_BIN_EXE_kestrel"), args[0]]);
+        command.arg(&path).args(&args[1..]);
+        command.current_dir(dir.path()).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let child = command.spawn().expect("strace");
+        let (log, started) = (dir.path().join("log"), std::time::Instant::now());
+        while std::fs::read_to_string(&log).map_or(true, |log| !log.contains("m.gguf"))
+            && started.elapsed().as_secs() < 30
+        {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        // The file is open now, and is mapped when the delay is over.
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        let shrunk = std::fs::File::options().write(true).open(&path).and_then(|f| f.set_len(*size));
+        shrunk.expect("truncating");
+        let done = child.wait_with_output().expect("the end");
+        let stderr = String::from_utf8_lossy(&done.stderr);
+        let mapped = std::fs::read_to_string(&log).is_ok_and(|log| log.contains("mmap("));
+        let clean =
+            done.status.code() == Some(3) && one_error(&stderr) && stderr.contains("Changed") && mapped;
+        (!clean).then(|| format!("{args:?} to {size}: {:?}, mapped {mapped}, {stderr}", done.status))
+    });
+}

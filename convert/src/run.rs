@@ -82,7 +82,13 @@ pub fn run(
         _ => e,
     };
     let (sha256, unchecked, kept_bytes) = convert_all(plan, options, &file, &pieces, progress, cancel)
-        .map_err(|e| interrupted(e, file.part()))?;
+        .map_err(|e| interrupted(e, file.part()))
+        .inspect_err(|e| {
+            // The same command would end there again.
+            if e.kind().exit_status() == ErrorKind::Usage.exit_status() {
+                file.abandon();
+            }
+        })?;
     plan.input.files.iter().try_for_each(InputFile::check_unchanged)?;
     let header = write_rest(plan, &file, &sha256)?;
     let converted = Instant::now();

@@ -145,6 +145,13 @@ impl AtomicFile {
         journal.begun.load(Ordering::Relaxed).then_some(&*self.temp)
     }
 
+    /// Nobody will go on from it: what is there goes away unless it is committed.
+    pub fn abandon(&self) {
+        if let Some(journal) = &self.journal {
+            journal.begun.store(false, Ordering::Relaxed);
+        }
+    }
+
     /// Bytes of the file under its temporary name that are not the output's.
     pub fn journal_bytes(&self) -> u64 {
         let Some(journal) = &self.journal else { return 0 };

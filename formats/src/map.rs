@@ -42,6 +42,9 @@ impl Map {
         // bandwidth. Advice only: where the system has no large pages for files, nothing changes.
         #[cfg(target_os = "linux")]
         let _ = map.advise(memmap2::Advice::HugePage);
+        if stamp_of(&file, path)? != stamp {
+            return Err(changed(path).found("one that was written to while it was opened"));
+        }
         let slot = Slot::register(&map, path);
         Ok(Self(Arc::new(Inner { path: path.to_owned(), bytes: Bytes::File { map, file, stamp, slot } })))
     }

@@ -79,9 +79,29 @@ on_every_isa!(
     mixer,
     mixer_in_chunks,
     exact_sizes,
-    not_finite_activations,
-    same_bits
+    not_finite_activations
 );
+
+/// Those that plain Rust is the truth of.
+mod same_bits {
+    use super::{Isa, on};
+    #[test]
+    fn avx2() {
+        on(Isa::Avx2, super::same_bits);
+    }
+    #[test]
+    fn avx512() {
+        on(Isa::Avx512, super::same_bits);
+    }
+    #[test]
+    fn amx() {
+        on(Isa::Amx, super::same_bits);
+    }
+    #[test]
+    fn neon() {
+        on(Isa::Neon, super::same_bits);
+    }
+}
 
 /// The bits, those of every NaN the same.
 fn bits(x: &[f32]) -> Vec<u32> {
