@@ -28,7 +28,7 @@ miri() {
 address() {
     ASAN_OPTIONS=detect_leaks=0 RUSTFLAGS="-Zsanitizer=address" cargo +nightly test --release --locked --target "$host" \
         --target-dir "$target/address" -p kestrel-tests --test integration -- \
-        same_bits exact_sizes extreme_codes guard_pages::products fuzz_corpora --skip same_bits::scalar
+        same_bits exact_sizes extreme_codes guard_pages::products fuzz_corpora
 }
 
 # Instruments the pool, sequences that advance together, and converting with threads. The standard library too, or its
