@@ -314,6 +314,11 @@ pub fn interrupted_run(part: &Path) -> Error {
         .hint("--resume goes on from it; without the file it begins anew")
 }
 
+/// There is an interrupted run, but not one of what is `expected`.
+pub fn other_run(part: &Path, expected: &str) -> Error {
+    Error::new(ErrorKind::Inconsistent).file(part).what("interrupted run").expected(expected).found("another")
+}
+
 /// Keeps a second run from writing the same part, or one that has just become the output.
 fn lock(file: &File, path: &Path) -> Result<()> {
     let error = |found: &str| {
@@ -340,12 +345,9 @@ fn read_journal(file: &File, part: &Path, head: &[u8], (at, all_bytes): (u64, u6
         bytes.starts_with(head)
     };
     if !same {
-        return Err(Error::new(ErrorKind::Inconsistent)
-            .file(part)
-            .what("interrupted run")
-            .expected("one of the same source and options")
-            .found("another")
-            .hint("without the file it begins anew"));
+        return Err(
+            other_run(part, "one of the same source and options").hint("without the file it begins anew")
+        );
     }
     Ok(bytes[head.len()..].as_chunks().0.iter().map(|word| u64::from_le_bytes(*word)).collect())
 }

@@ -12,7 +12,9 @@
 //! The embedding has no inputs, hence no products. While it grows the file is called `OUT.part`, and what a run needs only
 //! for itself lies behind its end.
 
-use crate::atomic_file::{check_target, interrupted_run, output_exists, part_of, rename_new, sync_folder};
+use crate::atomic_file::{
+    check_target, interrupted_run, other_run, output_exists, part_of, rename_new, sync_folder,
+};
 use crate::gguf::{Gguf, TensorDecl, Value, layout};
 use crate::map::{Map, f32s};
 use crate::{Error, ErrorKind, GgmlType, Result};
@@ -216,11 +218,7 @@ impl CalibrationWriter {
                 let map = Map::open(&part)?;
                 let same = map.len() as u64 >= layout.file_bytes && map.starts_with(&layout.header);
                 if !same {
-                    return Err(Error::new(ErrorKind::Inconsistent)
-                        .file(&part)
-                        .what("interrupted run")
-                        .expected("one of the same weights, text and options")
-                        .found("another"));
+                    return Err(other_run(&part, "one of the same weights, text and options"));
                 }
                 File::options().read(true).write(true).open(&part).map_err(io)?
             }

@@ -20,8 +20,8 @@ pub const GGUF_METADATA_BYTES_MAX: u64 = 256 << 20;
 pub const GGUF_SPLIT_MAX: u32 = 1024;
 /// Bytes of a safetensors header. The format allows 100 MB; 8192 tensors need less than this.
 pub const SAFETENSORS_HEADER_BYTES_MAX: u64 = 16 << 20;
-/// Tensors of a checkpoint, in one safetensors file or in its index. Falcon Mamba 7B has 2,193 if bitsandbytes quantized it, scales included; 65,536 entries
-/// would take several times the bytes of their text.
+/// Tensors of a checkpoint, in one safetensors file or in its index. Falcon Mamba 7B has 2,193 if bitsandbytes quantized it,
+/// scales included; 65,536 entries would take several times the bytes of their text.
 pub const CHECKPOINT_TENSORS_MAX: u64 = 8192;
 /// Tensors in one safetensors file that the model cannot have, before the rest of the file is not looked at.
 pub const SAFETENSORS_UNKNOWN_MAX: u64 = 64;

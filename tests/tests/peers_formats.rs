@@ -28,9 +28,10 @@ fn files_of_llama_cpp_give_its_logits() {
     let mut types = std::collections::BTreeSet::new();
     for name in goldens["files"].as_object().expect("files").keys() {
         let path = data_dir().join(format!("llama_cpp/{name}.gguf"));
-        types.extend(Gguf::open(&path).expect("the file").tensors().iter().map(|t| t.dtype));
         let (_, vocab_size, theirs) = npy::read_f32(&data_dir().join(format!("llama_cpp/{name}.logits.npy")));
         let file = Gguf::open(&path).expect("the file");
+        types.extend(file.tensors().iter().map(|t| t.dtype));
+        let has_q4_k = file.tensors().iter().any(|t| t.dtype == GgmlType::Q4K);
         let exact: Vec<f64> =
             load_reference::from_gguf(&file).logits(&tokens).into_iter().flatten().collect();
         let cost = rms(&theirs, &exact);
@@ -38,7 +39,7 @@ fn files_of_llama_cpp_give_its_logits() {
             let ours = logits(&open(&path), &on(isa, 2), &tokens);
             let (ours_cost, apart) = (rms(&ours, &exact), rms(&ours, &theirs));
             let who = format!("{name} on {}", isa.name());
-            let more = if isa.truth() == Isa::ScalarInt8 { 1.25 } else { 1.1 };
+            let more = if has_q4_k && isa.truth() == Isa::ScalarInt8 { 1.25 } else { 1.1 };
             assert!(ours_cost <= more * cost, "{who}: off by {ours_cost:.2e} rms, llama.cpp by {cost:.2e}");
             assert!(apart <= cost, "{who}: {apart:.2e} from llama.cpp, which is off by {cost:.2e} rms");
             let worst = difference(&theirs, &ours, vocab_size);

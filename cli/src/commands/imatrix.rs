@@ -6,7 +6,7 @@ use crate::progress::Count;
 use crate::windows::Windows;
 use crate::{files, interrupt, output};
 use clap::Args;
-use kestrel_formats::atomic_file::{check_target, interrupted_run, part_of};
+use kestrel_formats::atomic_file::{check_target, interrupted_run, other_run, part_of};
 use kestrel_formats::imatrix::{Imatrix, Origin};
 use kestrel_formats::{Error, ErrorKind, Result};
 use kestrel_runtime::Model;
@@ -148,11 +148,7 @@ impl Work<'_> {
         let done = left.chunks().unwrap_or(0) as usize;
         let matches = left.chunk_size() == Some(self.args.ctx) && left.origin() == Some(self.origin(done));
         if !matches || done > self.windows.len() {
-            return Err(Error::new(ErrorKind::Inconsistent)
-                .file(part)
-                .what("interrupted run")
-                .expected("one of the same weights, text, --ctx and at most --chunks")
-                .found("another"));
+            return Err(other_run(part, "one of the same weights, text, --ctx and at most --chunks"));
         }
         left.sums().for_each(|(name, sums, count)| self.sums.add(name, sums, count));
         self.done = done;

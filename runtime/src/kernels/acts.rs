@@ -215,18 +215,16 @@ impl Acts {
         assert!(self.n_tokens >= INT_PANEL_TOKENS && self.kind != ActKind::F32);
         let at = self.place(g * LANES);
         let sums = &self.sums[at.sums..];
+        let of_large = |sub: usize| match self.kind {
+            ActKind::Q8x256 => &sums[first_sum(sub, self.cols) * LANES..][..self.cols / sub * LANES],
+            _ => &[],
+        };
         Group {
             codes: &self.codes[at.codes..][..self.cols * LANES],
             scales: &self.scales[at.scales..][..self.cols / self.kind.block_len() * LANES],
             sums32: &sums[..self.cols / 32 * LANES],
-            sums16: match self.kind {
-                ActKind::Q8x256 => &sums[first_sum(16, self.cols) * LANES..][..self.cols / 16 * LANES],
-                _ => &[],
-            },
-            sums256: match self.kind {
-                ActKind::Q8x256 => &sums[first_sum(256, self.cols) * LANES..][..self.cols / 256 * LANES],
-                _ => &[],
-            },
+            sums16: of_large(16),
+            sums256: of_large(256),
         }
     }
 
@@ -245,7 +243,8 @@ impl Acts {
         self.scales[at.scales + b * at.stride]
     }
 
-    /// The sum of the codes `sub · i..sub · (i + 1)` of token `t`; `sub` is 32, or 16 for [`ActKind::Q8x256`].
+    /// The sum of the codes `sub · i..sub · (i + 1)` of token `t`; `sub` is 32, or also 16 or 256 for
+    /// [`ActKind::Q8x256`].
     pub(crate) fn sum(&self, t: usize, sub: usize, i: usize) -> i32 {
         let at = self.place(t);
         self.sums[at.sums + (first_sum(sub, self.cols) + i) * at.stride]

@@ -13,7 +13,7 @@
 //!
 //! What it costs: codes are off by 1/2 + 8/256 at most, evenly spread, so a weight's error has a standard deviation of
 //! scale · 0.29. Q4_K's own is 0.29 of a step of its sub-block, which for weights from a normal distribution is about eleven
-//! times as much: the variance grows by about 0.8 % (`the_error_of_q4_k_as_int8` in `tests/tests/kernels.rs` measures
+//! times as much: the variance grows by about 1 % (`the_error_of_q4_k_as_int8` in `tests/tests/kernels.rs` measures
 //! it). The other K types have finer steps, where it would be 3 % and more.
 
 use super::scalar::fused;
