@@ -34,9 +34,8 @@ impl Model {
         let output = self.output_matrix();
         let macs = |rows: usize, cols: usize| (rows * cols) as u64;
         let layers = self.matrices().filter(|(role, _)| !matches!(role, Role::TokenEmbd | Role::Output));
-        let (layer_macs, layer_bytes) = layers.fold((0, 0), |(n, bytes), (_, m)| {
-            (n + macs(m.rows, m.cols), bytes + m.view().bytes.len() as u64)
-        });
+        let (layer_macs, layer_bytes) =
+            layers.fold((0, 0), |(n, bytes), (_, m)| (n + macs(m.rows, m.cols), bytes + m.n_bytes() as u64));
         let floats = self.layers.iter().flat_map(Layer::floats).chain([&self.output_norm]);
         let float_bytes: u64 = floats.map(|f| size_of_val::<[f32]>(f) as u64).sum();
         Work {
@@ -44,7 +43,7 @@ impl Model {
             output_macs: macs(output.rows, output.cols),
             weight_bytes: layer_bytes
                 + float_bytes
-                + output.view().bytes.len() as u64
+                + output.n_bytes() as u64
                 + self.token_embd.view().row_bytes() as u64,
             state_bytes: 2 * self.new_state().n_bytes() as u64,
         }

@@ -236,6 +236,19 @@ fn neon_equals_transformers() {
     where_present(Isa::Neon, equals_transformers);
 }
 
+/// Scales beside the codes are read with every token, and count: four bytes per block of 64, or one and four per 256.
+#[test]
+fn the_work_of_a_token_counts_the_scales() {
+    let [plain, double] = ["tiny-nf4", "tiny-fp4-double"].map(|kind| open(folder(kind).path()));
+    let blocks = plain.matrices().filter(|(_, m)| !matches!(m.dtype, WeightType::Ggml(_)));
+    let saved: usize = blocks
+        .map(|(_, m)| m.rows * m.cols / 64)
+        .map(|scales| 4 * scales - (scales + 4 * scales.div_ceil(scales::NESTED_BLOCKSIZE)))
+        .sum();
+    assert!(saved > 0);
+    assert_eq!(plain.work().weight_bytes - double.work().weight_bytes, saved as u64);
+}
+
 /// Every file type, from one shard and from several.
 #[test]
 fn a_checkpoint_becomes_any_gguf_and_verifies_against_its_dequantized_self() {
