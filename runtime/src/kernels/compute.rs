@@ -273,10 +273,11 @@ impl Compute {
                 unsafe {
                     product(kernels, &Job { weights: halves[0], rows: c.clone(), acts, out: u_out }, scratch);
                     let x = u_out.part(blocks.clone());
-                    let weight = &layer.conv_weight[c.start * d_conv..c.end * d_conv];
+                    let taps = scratch.by_channel(c.len(), d_conv);
+                    (kernels.by_channel)(&layer.conv_weight[c.start * d_conv..c.end * d_conv], d_conv, taps);
                     for (state, run) in runs(segments, n_tokens) {
                         let state = state.conv().part(layer_index, blocks.clone());
-                        let conv = Conv { weight, bias: &layer.conv_bias[c.clone()], d_conv, run };
+                        let conv = Conv { taps, bias: &layer.conv_bias[c.clone()], d_conv, run };
                         (kernels.conv_silu)(&conv, x, state);
                     }
                     (kernels.channel_acts)(x, n_tokens, &to, c.start, c.len());
@@ -327,9 +328,11 @@ impl Compute {
                     let job = Job { weights: layer.dt_proj, rows: c.clone(), acts: dt_acts, out: dt_out };
                     product(kernels, &job, scratch);
                     let (u, dt) = (u_out.part(blocks.clone()), dt_out.part(blocks.clone()));
+                    let a = scratch.by_channel(c.len(), d_state);
+                    (kernels.by_channel)(&layer.a[c.start * d_state..c.end * d_state], d_state, a);
                     for (state, run) in runs(segments, n_tokens) {
                         let scan = Scan {
-                            a: &layer.a[c.start * d_state..c.end * d_state],
+                            a,
                             d: &layer.d[c.clone()],
                             dt_bias: &layer.dt_bias[c.clone()],
                             d_state,

@@ -140,10 +140,28 @@ unsafe fn quantize_block<L: Lanes>(block: BlockMut<'_>, load: impl Fn(usize) -> 
 /// The largest d_conv that is executed; the architecture's limit.
 pub(crate) const D_CONV_MAX: usize = kestrel_formats::limits::D_CONV_MAX as usize;
 
+/// What each channel has `n` numbers of, (channels, n), as [channel / 16][n][16], with zeros for channels that do not
+/// exist.
+#[inline(always)]
+pub(crate) unsafe fn by_channel<L: Lanes>(rows: &[f32], n: usize, to: &mut [f32]) {
+    assert!(to.len() >= (rows.len() / n).next_multiple_of(LANES) * n);
+    for (block, to) in rows.chunks(LANES * n).zip(to.chunks_exact_mut(LANES * n)) {
+        if n == LANES && block.len() == LANES * n {
+            block.chunks_exact(LANES).for_each(|line| L::fetch_ahead(line.as_ptr().cast()));
+            L::transpose(block.as_ptr(), LANES, to.as_mut_ptr());
+        } else {
+            to.fill(0.0);
+            for (c, row) in block.chunks_exact(n).enumerate() {
+                row.iter().zip(to.chunks_exact_mut(LANES)).for_each(|(&x, to)| to[c] = x);
+            }
+        }
+    }
+}
+
 /// A causal depthwise convolution of some channels.
 pub(crate) struct Conv<'a> {
-    /// (channels, d_conv), the newest input's tap last.
-    pub weight: &'a [f32],
+    /// [channel / 16][d_conv][16], the newest input's tap last.
+    pub taps: &'a [f32],
     /// (channels)
     pub bias: &'a [f32],
     pub d_conv: usize,
@@ -172,8 +190,8 @@ impl Run {
 #[inline(always)]
 pub(crate) unsafe fn conv_silu<L: Lanes>(conv: &Conv<'_>, x: &mut [f32], state: &mut [f32]) {
     let k = conv.d_conv;
-    assert!((1..=D_CONV_MAX).contains(&k) && conv.weight.len() == conv.bias.len() * k);
     let n_blocks = conv.bias.len().div_ceil(LANES);
+    assert!((1..=D_CONV_MAX).contains(&k) && conv.taps.len() >= n_blocks * k * LANES);
     assert!(x.len() >= n_blocks * conv.run.n_all * LANES && state.len() >= n_blocks * (k - 1) * LANES);
     for (b, bias) in conv.bias.chunks(LANES).enumerate() {
         let x = &mut x[conv.run.of_block(b)];
@@ -182,51 +200,48 @@ pub(crate) unsafe fn conv_silu<L: Lanes>(conv: &Conv<'_>, x: &mut [f32], state: 
             x.chunks_exact_mut(LANES).for_each(|x| x[bias.len()..].fill(0.0));
         }
         let state = &mut state[b * (k - 1) * LANES..][..(k - 1) * LANES];
-        let weight = &conv.weight[b * LANES * k..][..bias.len() * k];
+        let taps = &conv.taps[b * k * LANES..][..k * LANES];
         match k {
-            4 => conv_block::<L, 4>(weight, k, bias, x, state),
-            _ => conv_block::<L, D_CONV_MAX>(weight, k, bias, x, state),
+            4 => conv_block::<L, 3>(taps, bias, x, state),
+            _ => conv_block::<L, { D_CONV_MAX - 1 }>(taps, bias, x, state),
         }
     }
 }
 
-/// One block of 16 channels with `k <= K` taps.
+/// Row `i` of `of` [i][16].
 #[inline(always)]
-unsafe fn conv_block<L: Lanes, const K: usize>(
-    weight: &[f32],
-    k: usize,
-    bias: &[f32],
-    x: &mut [f32],
-    state: &mut [f32],
-) {
-    let mut taps = [[0.0; LANES]; K];
-    for (c, row) in weight.chunks_exact(k).enumerate() {
-        row.iter().zip(&mut taps).for_each(|(&w, tap)| tap[c] = w);
+unsafe fn row<L: Lanes>(of: &[f32], i: usize) -> L {
+    L::load(of[i * LANES..][..LANES].as_ptr())
+}
+
+/// One block of 16 channels that remembers at most `N` inputs.
+#[inline(always)]
+unsafe fn conv_block<L: Lanes, const N: usize>(taps: &[f32], bias: &[f32], x: &mut [f32], state: &mut [f32]) {
+    let (n, n_old) = (x.len() / LANES, state.len() / LANES);
+    // The inputs are the old ones followed by x; what is remembered is their end.
+    let mut old = [L::splat(0.0); N];
+    for (i, old) in old[..n_old].iter_mut().enumerate() {
+        *old = row(state, i);
     }
-    let (x, _) = x.as_chunks_mut::<LANES>();
-    let (state, _) = state.as_chunks_mut::<LANES>();
-    let (n, n_old) = (x.len(), state.len());
-    let mut old = [[0.0; LANES]; K];
-    old[..n_old].copy_from_slice(state);
-    for (i, to) in state.iter_mut().enumerate() {
-        // The inputs are the old state followed by x; the new state is their end.
-        *to = if n + i < n_old { old[n + i] } else { x[n + i - n_old] };
+    for i in 0..n_old {
+        let input = if n + i < n_old { old[n + i] } else { row(x, n + i - n_old) };
+        input.store(state[i * LANES..][..LANES].as_mut_ptr());
     }
     let bias = load_part::<L>(bias);
     // Backwards, because the output of a token overwrites its input, which only later tokens need.
     for t in (0..n).rev() {
         let mut sum = bias;
-        for (j, tap) in taps[..k].iter().enumerate() {
-            let input = if t + j + 1 >= k { &x[t + j + 1 - k] } else { &old[t + j] };
-            sum = L::load(tap.as_ptr()).mul_add(L::load(input.as_ptr()), sum);
+        for j in 0..=n_old {
+            let input = if t + j < n_old { old[t + j] } else { row(x, t + j - n_old) };
+            sum = row::<L>(taps, j).mul_add(input, sum);
         }
-        silu(sum).store(x[t].as_mut_ptr());
+        silu(sum).store(x[t * LANES..][..LANES].as_mut_ptr());
     }
 }
 
 /// The selective scan of some channels.
 pub(crate) struct Scan<'a> {
-    /// (channels, d_state), negative.
+    /// [channel / 16][d_state][16], negative.
     pub a: &'a [f32],
     /// (channels)
     pub d: &'a [f32],
@@ -243,39 +258,23 @@ pub(crate) struct Scan<'a> {
 /// `u`, `z`, `dt` are [channel / 16][token][16], `state` (h) is [channel / 16][d_state][16].
 #[inline(always)]
 pub(crate) unsafe fn scan<L: Lanes>(s: &Scan<'_>, u: &mut [f32], z: &[f32], dt: &[f32], state: &mut [f32]) {
-    let d_state = s.d_state;
     let n_blocks = s.d.len().div_ceil(LANES);
-    assert!(s.dt_bias.len() == s.d.len() && s.a.len() == s.d.len() * d_state);
+    let n = s.d_state * LANES;
+    assert!(s.dt_bias.len() == s.d.len() && s.a.len() >= n_blocks * n && state.len() >= n_blocks * n);
     assert!([u.len(), z.len(), dt.len()].iter().all(|&len| len >= n_blocks * s.run.n_all * LANES));
-    assert!(state.len() >= n_blocks * d_state * LANES);
     let end = s.run.first + s.run.n_tokens;
-    assert!(end <= s.run.n_all && (end == 0 || s.bc.len() >= (end - 1) * s.bc_stride + 2 * d_state));
+    assert!(end <= s.run.n_all && (end == 0 || s.bc.len() >= (end - 1) * s.bc_stride + 2 * s.d_state));
     for b in 0..n_blocks {
+        let h = &mut state[b * n..][..n];
+        h.chunks_exact(LANES).for_each(|line| L::fetch_ahead(line.as_ptr().cast()));
         let tokens = s.run.of_block(b);
-        let (u, z, dt) = (&mut u[tokens.clone()], &z[tokens.clone()], &dt[tokens]);
-        let h = &mut state[b * d_state * LANES..][..d_state * LANES];
-        match d_state {
-            16 => scan_block::<L, 16>(s, b, u, z, dt, h),
-            8 => scan_block::<L, 8>(s, b, u, z, dt, h),
-            _ => {
-                let lanes = s.d.len().min((b + 1) * LANES) - b * LANES;
-                scan_block_any::<L>(s, b, lanes, u, z, dt, h);
-            }
-        }
+        scan_block::<L>(s, b, &mut u[tokens.clone()], &z[tokens.clone()], &dt[tokens], h);
     }
 }
 
-/// What a token brings to its block of channels: Δ, Δ·u, D·u and where its numbers are.
+/// Block `b` of 16 channels.
 #[inline(always)]
-unsafe fn step<L: Lanes>(bias: L, d: L, u: *const f32, dt: *const f32) -> (L, L, L) {
-    let delta = softplus(L::load(dt).add(bias));
-    let u = L::load(u);
-    (delta, delta.mul(u), d.mul(u))
-}
-
-/// 16 channels with `N` states, which stay in registers for all tokens.
-#[inline(always)]
-unsafe fn scan_block<L: Lanes, const N: usize>(
+unsafe fn scan_block<L: Lanes>(
     s: &Scan<'_>,
     b: usize,
     u: &mut [f32],
@@ -283,70 +282,45 @@ unsafe fn scan_block<L: Lanes, const N: usize>(
     dt: &[f32],
     state: &mut [f32],
 ) {
-    let lanes = s.d.len().min((b + 1) * LANES) - b * LANES;
-    let mut a = [[0.0f32; LANES]; N];
-    let rows = &s.a[b * LANES * N..][..lanes * N];
-    if N == LANES && lanes == LANES {
-        L::transpose(rows.as_ptr(), LANES, a.as_mut_ptr().cast());
-    } else {
-        for (c, row) in rows.chunks_exact(N).enumerate() {
-            row.iter().zip(&mut a).for_each(|(&v, a)| a[c] = v);
-        }
-    }
-    let channels = b * LANES..b * LANES + lanes;
-    let (d, bias) = (load_part(&s.d[channels.clone()]), load_part(&s.dt_bias[channels]));
-    let mut h: [L; N] = [L::splat(0.0); N];
-    for (i, h) in h.iter_mut().enumerate() {
-        *h = L::load(state.as_ptr().add(i * LANES));
-    }
+    let channels = b * LANES..s.d.len().min((b + 1) * LANES);
+    let (d, bias) = (load_part::<L>(&s.d[channels.clone()]), load_part::<L>(&s.dt_bias[channels]));
+    let a = s.a[b * state.len()..][..state.len()].as_ptr();
+    let h = state.as_mut_ptr();
     for t in 0..s.run.n_tokens {
         let at = t * LANES;
-        let (delta, delta_u, mut y) = step::<L>(bias, d, u.as_ptr().add(at), dt.as_ptr().add(at));
+        let delta = softplus(L::load(dt.as_ptr().add(at)).add(bias));
+        let x = L::load(u.as_ptr().add(at));
         let bc = s.bc.as_ptr().add((s.run.first + t) * s.bc_stride);
-        let mut y2 = L::splat(0.0);
-        for i in 0..N {
-            let decay = exp(delta.mul(L::load(a[i].as_ptr())));
-            h[i] = decay.mul_add(h[i], delta_u.mul(L::splat(*bc.add(i))));
-            let c = L::splat(*bc.add(N + i));
-            if i % 2 == 0 {
-                y = h[i].mul_add(c, y);
-            } else {
-                y2 = h[i].mul_add(c, y2);
-            }
+        let token = Token { delta, delta_u: delta.mul(x), b: bc, c: bc.add(s.d_state) };
+        let mut y = [d.mul(x), L::splat(0.0)];
+        for i in (1..s.d_state).step_by(2) {
+            y = [token.advance(i - 1, a, h, y[0]), token.advance(i, a, h, y[1])];
         }
-        y.add(y2).mul(silu(L::load(z.as_ptr().add(at)))).store(u.as_mut_ptr().add(at));
-    }
-    for (i, h) in h.iter().enumerate() {
-        h.store(state.as_mut_ptr().add(i * LANES));
+        if !s.d_state.is_multiple_of(2) {
+            y[0] = token.advance(s.d_state - 1, a, h, y[0]);
+        }
+        let gate = silu(L::load(z.as_ptr().add(at)));
+        y[0].add(y[1]).mul(gate).store(u.as_mut_ptr().add(at));
     }
 }
 
-/// 16 channels with any number of states, which stay in memory.
-#[inline(always)]
-unsafe fn scan_block_any<L: Lanes>(
-    s: &Scan<'_>,
-    b: usize,
-    lanes: usize,
-    u: &mut [f32],
-    z: &[f32],
-    dt: &[f32],
-    state: &mut [f32],
-) {
-    let channels = b * LANES..b * LANES + lanes;
-    let (d, bias) = (load_part(&s.d[channels.clone()]), load_part(&s.dt_bias[channels.clone()]));
-    for t in 0..s.run.n_tokens {
-        let at = t * LANES;
-        let (delta, delta_u, mut y) = step::<L>(bias, d, u.as_ptr().add(at), dt.as_ptr().add(at));
-        let (input, output) = s.bc[(s.run.first + t) * s.bc_stride..][..2 * s.d_state].split_at(s.d_state);
-        for i in 0..s.d_state {
-            let mut a = [0.0; LANES];
-            a.iter_mut().zip(channels.clone()).for_each(|(a, c)| *a = s.a[c * s.d_state + i]);
-            let p = state.as_mut_ptr().add(i * LANES);
-            let decay = exp(delta.mul(L::load(a.as_ptr())));
-            let h = decay.mul_add(L::load(p), delta_u.mul(L::splat(input[i])));
-            h.store(p);
-            y = h.mul_add(L::splat(output[i]), y);
-        }
-        y.mul(silu(L::load(z.as_ptr().add(at)))).store(u.as_mut_ptr().add(at));
+/// What a token brings to 16 channels.
+struct Token<L> {
+    delta: L,
+    delta_u: L,
+    /// (d_state), as is C.
+    b: *const f32,
+    c: *const f32,
+}
+
+impl<L: Lanes> Token<L> {
+    /// h[i] := exp(Δ·A[i])·h[i] + Δ·u·B[i]; y + C[i]·h[i].
+    #[inline(always)]
+    unsafe fn advance(&self, i: usize, a: *const f32, h: *mut f32, y: L) -> L {
+        let h = h.add(i * LANES);
+        let decay = exp(self.delta.mul(L::load(a.add(i * LANES))));
+        let next = decay.mul_add(L::load(h), self.delta_u.mul(L::splat(*self.b.add(i))));
+        next.store(h);
+        next.mul_add(L::splat(*self.c.add(i)), y)
     }
 }
