@@ -115,10 +115,10 @@ fn not_finite_activations(isa: Isa) {
         let (bytes, _) = weights(ty, 17, cols, 3);
         let matrix = MatrixRef::new(ty, 17, cols, &bytes).unwrap();
         for (at, odd) in [(0, f32::NAN), (31, f32::INFINITY), (300, f32::NAN), (511, f32::NEG_INFINITY)] {
-            for tokens in [1, 9] {
+            for tokens in [1, 8, 9, 17] {
                 let mut x = Random::new(4).floats(tokens * cols);
                 x[at] = odd;
-                let mut c = Compute::new(isa, 1, 16);
+                let mut c = Compute::new(isa, 1, 17);
                 let mut acts = Acts::with_capacity(tokens, cols);
                 c.norm(&x, &vec![1.0; cols], 1e-5, ActKind::for_weights(ty, false), &mut acts);
                 let mut out = vec![0.0; tokens * 17];
@@ -205,7 +205,7 @@ fn tolerances(isa: Isa, m: &MatrixRef<'_>, r: usize, acts: &Acts) -> Vec<f64> {
     if isa.truth() != Isa::ScalarInt8
         || m.dtype != ty
         || acts.kind() != ActKind::Q8x256
-        || acts.n_tokens() < 8
+        || acts.n_tokens() < 17
     {
         return vec![0.0; m.cols];
     }
@@ -337,8 +337,8 @@ fn extreme_codes(isa: Isa) {
             let mut floats = vec![0.0; rows * cols];
             codec(ty).dequantize(&bytes, &mut floats);
             let m = MatrixRef::new(ty, rows, cols, &bytes).unwrap();
-            let mut c = Compute::new(isa, 1, 16);
-            for tokens in [1, 16] {
+            let mut c = Compute::new(isa, 1, 17);
+            for tokens in [1, 8, 16, 17] {
                 let kind = ActKind::for_weights(ty, false);
                 let x: Vec<f32> = (0..tokens * cols)
                     .map(|i| if fill.is_some() || i % 3 == 0 { 1.0 } else { -1.0 })
@@ -680,14 +680,14 @@ fn mixer_in_chunks(isa: Isa) {
 
 /// Products from weights that end where their memory ends: reading on would touch the next page.
 fn exact_sizes(isa: Isa) {
-    let mut c = Compute::new(isa, 1, 16);
+    let mut c = Compute::new(isa, 1, 17);
     for ty in GgmlType::all() {
         let cols = ty.block_len().max(16) * 3;
         let (bytes, floats) = weights(ty, 19, cols, 11);
         // A boxed slice has no spare capacity; tools that watch the heap (valgrind, sanitizers) see any read beyond.
         let exact: Box<[u8]> = bytes.into_boxed_slice();
         let m = MatrixRef::new(ty, 19, cols, &exact).unwrap();
-        for tokens in [1, 16] {
+        for tokens in [1, 8, 16, 17] {
             let acts = acts(&mut c, tokens, cols, ActKind::for_weights(ty, false), 1);
             check_product(&mut c, &m, &floats, &acts, &format!("{} {ty}", isa.name()));
         }

@@ -16,7 +16,19 @@
 //! times as much: the variance grows by about 1 % (`the_error_of_q4_k_as_int8` in `tests/tests/kernels.rs` measures
 //! it). The other K types have finer steps, where it would be 3 % and more.
 
+use super::matmul::Job;
+use super::memory::LANES;
 use super::scalar::fused;
+use kestrel_formats::GgmlType;
+
+/// From this many tokens on: for one group of sixteen the tables cost more than they save.
+const MIN_TOKENS: usize = LANES + 1;
+
+/// Whether this product is one of Q4_K as int8, where the instruction set does that.
+#[inline(always)]
+pub(super) fn applies(job: &Job<'_>) -> bool {
+    job.weights.ggml() == GgmlType::Q4K && job.acts.n_tokens() >= MIN_TOKENS
+}
 
 /// What `step` and `start` count in a code.
 pub(super) const ONE: f32 = 256.0;

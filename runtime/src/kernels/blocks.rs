@@ -128,7 +128,7 @@ pub(super) unsafe fn int_matmul<const Q4K_AS_INT8: bool>(
         (true, 32) => sum_blocks::<FewSmall>(job, false, quads),
         (true, _) => sum_blocks::<FewLarge>(job, false, quads),
         (false, 32) => sum_blocks::<ManySmall>(job, false, quads),
-        (false, _) => sum_blocks::<ManyLarge>(job, Q4K_AS_INT8 && job.weights.ggml() == GgmlType::Q4K, quads),
+        (false, _) => sum_blocks::<ManyLarge>(job, Q4K_AS_INT8 && as_int8::applies(job), quads),
     }
 }
 

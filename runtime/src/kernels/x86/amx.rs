@@ -12,6 +12,7 @@
 use super::avx512::{AsInt8, Avx512, close, ends_block, int_rows, scale};
 use super::panel::{Format, InLarge, InSmall, Panel, STRIDE, Sweep, product};
 use super::unpack::{self, Large, Small, by_type};
+use crate::kernels;
 use crate::kernels::acts::Group;
 use crate::kernels::matmul::{INT_PANEL_TOKENS, Job, Scratch, TILE_SUBS};
 use crate::kernels::memory::LANES;
@@ -61,7 +62,7 @@ pub(crate) unsafe fn int_matmul(job: &Job<'_>, scratch: &mut Scratch) {
     unsafe {
         if job.acts.n_tokens() < INT_PANEL_TOKENS {
             int_rows(job, scratch);
-        } else if job.weights.ggml() == GgmlType::Q4K {
+        } else if kernels::as_int8::applies(job) {
             as_int8(job, scratch);
         } else {
             by_type!(job.weights.ggml(), small, large, (job, scratch));

@@ -189,9 +189,17 @@ pub(super) trait Sweep {
     type Lanes: Lanes;
     /// What expansion takes off a code that has `bias`; the rest is left to the products.
     fn taken_off(bias: u8) -> u8;
+    /// Arranges `n_rows` rows, which were expanded, for [`Self::sweep`].
+    #[inline(always)]
+    unsafe fn arrange(_panel: &Panel, _n_rows: usize) {}
     /// Adds the products of the panel's first `n_rows` rows, which are columns `k0..k0 + n`, with all tokens to the
     /// sums. Rows up to the next multiple of 16 exist, but mean nothing.
     unsafe fn sweep<F: Format>(panel: &Panel, job: &Job<'_>, n_rows: usize, k0: usize, n: usize);
+    /// The sums of the 16 rows from `r` on with the tokens of group `g`, as [token][row].
+    #[inline(always)]
+    unsafe fn by_token(panel: &Panel, g: usize, r: usize, to: &mut [f32; LANES * LANES]) {
+        Self::Lanes::transpose(panel.sums(g, r), LANES, to.as_mut_ptr());
+    }
 }
 
 /// Rows of `F` times many tokens.
@@ -207,12 +215,13 @@ pub(super) unsafe fn product<F: Format, S: Sweep>(job: &Job<'_>, scratch: &mut S
         for k0 in (0..job.weights.cols).step_by(PANEL_COLS) {
             let n = PANEL_COLS.min(job.weights.cols - k0);
             fill::<F, S>(&panel, rows.add(k0 / F::BLOCK * F::BYTES), row_bytes, n_rows, n);
+            S::arrange(&panel, n_rows);
             S::sweep::<F>(&panel, job, n_rows, k0, n);
         }
         for (half, row) in (row0..row0 + n_rows).step_by(LANES).enumerate() {
             for g in 0..n_groups {
                 let mut by_token = [0.0; LANES * LANES];
-                S::Lanes::transpose(panel.sums(g, half * LANES), LANES, by_token.as_mut_ptr());
+                S::by_token(&panel, g, half * LANES, &mut by_token);
                 for (i, sums) in by_token.chunks_exact(LANES).enumerate().take(n_tokens - g * LANES) {
                     job.out.put(row, g * LANES + i, &sums[..LANES.min(row0 + n_rows - row)]);
                 }

@@ -12,6 +12,7 @@ pub(crate) use lanes::Avx512;
 pub(super) use panel::{close, ends_block, scale};
 
 use super::unpack::{self, by_type};
+use crate::kernels;
 use crate::kernels::matmul::{INT_PANEL_TOKENS, Job, Scratch};
 use kestrel_formats::{GgmlType, WeightType};
 
@@ -26,7 +27,7 @@ pub(crate) unsafe fn int_matmul(job: &Job<'_>, scratch: &mut Scratch) {
     unsafe {
         if job.acts.n_tokens() < INT_PANEL_TOKENS {
             int_rows(job, scratch);
-        } else if job.weights.ggml() == GgmlType::Q4K {
+        } else if kernels::as_int8::applies(job) {
             panel::as_int8(job, scratch);
         } else {
             by_type!(job.weights.ggml(), small, large, (job, scratch));

@@ -3,13 +3,15 @@
 //! Per four columns a tile of 4 by 48 takes 4 broadcasts of weights, 3 loads of activations and 12 dot products, so
 //! loads are no limit; per sub-block of 32, 96 dot products stand beside 12 conversions and 12 or 24 multiply-adds,
 //! which leaves 73 % (with minimums) or 80 % of the peak where all of these share two ports.
+//!
+//! With at most eight tokens lanes are two rows by eight tokens ([`InPairs`]): half as many dot products.
 
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for the instruction set and for `Matmul`'s contract alone
 
 use super::Avx512;
 use super::as_int8::AsInt8;
 use crate::kernels::acts::Group;
-use crate::kernels::matmul::{Job, Scratch};
+use crate::kernels::matmul::{Job, PANEL_COLS, Scratch};
 use crate::kernels::memory::LANES;
 use crate::kernels::x86::panel::{Format, InLarge, InSmall, Panel, STRIDE, SUBS, Sweep, product, sums_of};
 use crate::kernels::x86::unpack::{Large, Small};
@@ -17,17 +19,26 @@ use std::arch::x86_64::*;
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
 pub(super) unsafe fn small<F: Small>(job: &Job<'_>, scratch: &mut Scratch) {
-    product::<InSmall<F>, Vnni>(job, scratch);
+    match job.acts.n_tokens() {
+        0..=HALF => product::<InSmall<F>, InPairs>(job, scratch),
+        _ => product::<InSmall<F>, Vnni>(job, scratch),
+    }
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
 pub(super) unsafe fn large<F: Large>(job: &Job<'_>, scratch: &mut Scratch) {
-    product::<InLarge<F>, Vnni>(job, scratch);
+    match job.acts.n_tokens() {
+        0..=HALF => product::<InLarge<F>, InPairs>(job, scratch),
+        _ => product::<InLarge<F>, Vnni>(job, scratch),
+    }
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
 pub(super) unsafe fn as_int8(job: &Job<'_>, scratch: &mut Scratch) {
-    product::<AsInt8, Vnni>(job, scratch);
+    match job.acts.n_tokens() {
+        0..=HALF => product::<AsInt8, InPairs>(job, scratch),
+        _ => product::<AsInt8, Vnni>(job, scratch),
+    }
 }
 
 struct Vnni;
@@ -120,16 +131,19 @@ pub(in crate::kernels::x86) fn ends_block<F: Format>(sub: usize) -> bool {
     F::BLOCK == 256 && (sub + 1).is_multiple_of(256 / F::SUB)
 }
 
-/// Integers of the sub-block at column `at`, times the scale of its activations where those are in blocks of 32.
+/// Integers as floats, times the scales of their activations where those are in blocks of 32.
 #[inline(always)]
-unsafe fn scaled<F: Format>(acts: &Group<'_>, at: usize, x: __m512i) -> __m512 {
+unsafe fn scaled<F: Format>(x: __m512i, scales: __m512) -> __m512 {
     match F::BLOCK {
-        32 => {
-            let scales = _mm512_loadu_ps(acts.scales[at / 32 * LANES..][..LANES].as_ptr());
-            _mm512_mul_ps(_mm512_cvtepi32_ps(x), scales)
-        }
+        32 => _mm512_mul_ps(_mm512_cvtepi32_ps(x), scales),
         _ => _mm512_cvtepi32_ps(x),
     }
+}
+
+/// The scales of a group's activations at column `at`.
+#[inline(always)]
+unsafe fn scales_at<F: Format>(acts: &Group<'_>, at: usize) -> __m512 {
+    _mm512_loadu_ps(acts.scales[at / F::BLOCK * LANES..][..LANES].as_ptr())
 }
 
 /// Scales the integer products `dots` of sub-block `sub` of the panel, which begins at column `at`, and adds them.
@@ -143,15 +157,16 @@ pub(in crate::kernels::x86) unsafe fn scale<F: Format, const R: usize, const G: 
     dots: &[[__m512i; G]; R],
     floats: &mut [[__m512; G]; R],
 ) {
+    let x_scales = each!([_mm512_setzero_ps(); G], j => scales_at::<F>(&acts[j], at));
     for i in 0..R {
         let scale = _mm512_set1_ps(*panel.scales.add((r + i) * SUBS + sub));
         for j in 0..G {
-            floats[i][j] = _mm512_fmadd_ps(scaled::<F>(&acts[j], at, dots[i][j]), scale, floats[i][j]);
+            floats[i][j] = _mm512_fmadd_ps(scaled::<F>(dots[i][j], x_scales[j]), scale, floats[i][j]);
         }
     }
     if F::HAS_OFFSETS {
         let sums = each!([_mm512_setzero_ps(); G], j =>
-            scaled::<F>(&acts[j], at, _mm512_loadu_si512(sums_of::<F>(&acts[j], at / F::SUB).cast())));
+            scaled::<F>(_mm512_loadu_si512(sums_of::<F>(&acts[j], at / F::SUB).cast()), x_scales[j]));
         for i in 0..R {
             let offset = _mm512_set1_ps(*panel.offsets.add((r + i) * SUBS + sub));
             for j in 0..G {
@@ -177,14 +192,143 @@ pub(in crate::kernels::x86) unsafe fn close<F: Format, const R: usize, const G: 
             let to = panel.sums(g + j, r + i);
             let sum = _mm512_loadu_ps(to);
             let sum = match F::BLOCK {
-                256 => {
-                    let scale = _mm512_loadu_ps(acts[j].scales[at / 256 * LANES..][..LANES].as_ptr());
-                    _mm512_fmadd_ps(floats[i][j], scale, sum)
-                }
+                256 => _mm512_fmadd_ps(floats[i][j], scales_at::<F>(&acts[j], at), sum),
                 _ => _mm512_add_ps(sum, floats[i][j]),
             };
             _mm512_storeu_ps(to, sum);
             floats[i][j] = _mm512_setzero_ps();
+        }
+    }
+}
+
+/// Half a group of tokens.
+const HALF: usize = LANES / 2;
+/// Columns of which a pair of rows has the codes in the place of one row.
+const HALF_COLS: usize = PANEL_COLS / 2;
+/// Pairs of rows in a tile: those of 16 rows.
+const PAIRS: usize = LANES / 2;
+
+/// At most half a group of tokens: lanes are two rows by eight tokens, row by row for each token.
+///
+/// Rows go in pairs, a row's four codes beside the other's, so that one broadcast of 64 bits has both: columns
+/// 0..128 in the place of the first row, the rest in that of the second. Scales and offsets are [sub-block][2].
+struct InPairs;
+
+impl Sweep for InPairs {
+    type Lanes = Avx512;
+
+    fn taken_off(bias: u8) -> u8 {
+        Vnni::taken_off(bias)
+    }
+
+    #[inline(always)]
+    unsafe fn arrange(panel: &Panel, n_rows: usize) {
+        for r in (0..n_rows).step_by(2) {
+            let [a, b] = [panel.codes.add(r * STRIDE), panel.codes.add((r + 1) * STRIDE)];
+            let of_row = |row: *mut u8| each!([_mm512_setzero_si512(); 4], v => _mm512_loadu_si512(row.add(64 * v).cast()));
+            let (x, y) = (of_row(a), of_row(b));
+            for v in 0..4 {
+                let to = [a, b][64 * v / HALF_COLS].add(128 * v % (2 * HALF_COLS));
+                store_pair(to.cast(), x[v], y[v]);
+            }
+            for of in [panel.scales, panel.offsets] {
+                let to = of.add(r * SUBS).cast::<i32>();
+                store_pair(to, _mm512_loadu_si512(to.cast()), _mm512_loadu_si512(to.add(SUBS).cast()));
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn sweep<F: Format>(panel: &Panel, job: &Job<'_>, n_rows: usize, k0: usize, n: usize) {
+        let acts = job.acts.group(0);
+        for r in (0..n_rows).step_by(2 * PAIRS) {
+            pairs::<F>(panel, &acts, r, k0, n);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn by_token(panel: &Panel, g: usize, r: usize, to: &mut [f32; LANES * LANES]) {
+        for i in 0..PAIRS {
+            let of_pair = panel.sums(g, r + i);
+            for t in 0..HALF {
+                let both = of_pair.add(2 * t).cast::<[f32; 2]>().read();
+                to.as_mut_ptr().add(t * LANES + 2 * i).cast::<[f32; 2]>().write(both);
+            }
+        }
+    }
+}
+
+/// Stores the dwords of `a` and `b` by turns.
+#[inline(always)]
+unsafe fn store_pair(to: *mut i32, a: __m512i, b: __m512i) {
+    let low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    let high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+    _mm512_storeu_si512(to.cast(), _mm512_permutex2var_epi32(a, low, b));
+    _mm512_storeu_si512(to.add(LANES).cast(), _mm512_permutex2var_epi32(a, high, b));
+}
+
+/// Eight dwords, each twice.
+#[inline(always)]
+unsafe fn twice(x: *const i32) -> __m512i {
+    let which = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+    _mm512_permutexvar_epi32(which, _mm512_castsi256_si512(_mm256_loadu_si256(x.cast())))
+}
+
+/// Two numbers by turns.
+#[inline(always)]
+unsafe fn both(x: *const f32) -> __m512 {
+    _mm512_castpd_ps(_mm512_set1_pd(x.cast::<f64>().read_unaligned()))
+}
+
+/// Rows `r..r + 16` in pairs times the tokens of a group's first half.
+#[inline(always)]
+unsafe fn pairs<F: Format>(panel: &Panel, acts: &Group<'_>, r: usize, k0: usize, n: usize) {
+    let mut floats = [_mm512_setzero_ps(); PAIRS];
+    for sub in 0..n / F::SUB {
+        let at = k0 + sub * F::SUB;
+        let sums = twice(sums_of::<F>(acts, at / F::SUB));
+        let x_scales = twice(acts.scales[at / F::BLOCK * LANES..][..LANES].as_ptr().cast());
+        let x_scales = _mm512_castsi512_ps(x_scales);
+        let start = match F::BIAS {
+            0 => _mm512_setzero_si512(),
+            bias => _mm512_mullo_epi32(sums, _mm512_set1_epi32(-i32::from(bias))),
+        };
+        let mut dots = [start; PAIRS];
+        let x = acts.codes[at * LANES..][..F::SUB * LANES].as_ptr();
+        // A sub-block lies in one half of the columns, or is both.
+        for first in (0..F::SUB).step_by(HALF_COLS) {
+            let k = sub * F::SUB + first;
+            let codes = panel.codes.add(r * STRIDE + k / HALF_COLS * STRIDE + k % HALF_COLS * 2);
+            for k in (0..F::SUB.min(HALF_COLS)).step_by(4) {
+                let x = twice(x.add((first + k) * LANES).cast());
+                for i in 0..PAIRS {
+                    let w = codes.add(2 * i * STRIDE + 2 * k).cast::<i64>().read_unaligned();
+                    dots[i] = _mm512_dpbusd_epi32(dots[i], _mm512_set1_epi64(w), x);
+                }
+            }
+        }
+        let sums = scaled::<F>(sums, x_scales);
+        for i in 0..PAIRS {
+            let of_pair = (r + 2 * i) * SUBS + 2 * sub;
+            let dots = scaled::<F>(dots[i], x_scales);
+            floats[i] = _mm512_fmadd_ps(dots, both(panel.scales.add(of_pair)), floats[i]);
+            if F::HAS_OFFSETS {
+                floats[i] = _mm512_fmadd_ps(both(panel.offsets.add(of_pair)), sums, floats[i]);
+            }
+        }
+        // A loop of its own: a condition between the products would keep them from going side by side.
+        if ends_block::<F>(sub) {
+            for i in 0..PAIRS {
+                let to = panel.sums(0, r + i);
+                _mm512_storeu_ps(to, _mm512_fmadd_ps(floats[i], x_scales, _mm512_loadu_ps(to)));
+                floats[i] = _mm512_setzero_ps();
+            }
+        }
+    }
+    if F::BLOCK == 32 {
+        for i in 0..PAIRS {
+            let to = panel.sums(0, r + i);
+            _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), floats[i]));
         }
     }
 }
