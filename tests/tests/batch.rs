@@ -49,8 +49,8 @@ fn a_sequence_is_not_changed_by_its_neighbours() {
         let (model, _) = converted(&dir, &goldens::tiny_dir(), file_type);
         let sequences: Vec<&[u32]> = (0..20).map(|i| tokens(&golden, i)).collect();
         let all = together(&model, &on(Isa::best(), 2), &sequences);
-        // Among the first twelve alone it is the same to the bit, also on other instruction sets of the same truth: the
-        // kernels for many tokens compute each by itself.
+        // Among the first seventeen alone it is the same to the bit, also on other instruction sets of the same truth: the
+        // kernels for many tokens compute each by itself. (Q4_K as int8 begins with seventeen.)
         for isa in Isa::all_supported() {
             let of_others;
             let all = if isa.truth() == Isa::best().truth() {
@@ -59,7 +59,7 @@ fn a_sequence_is_not_changed_by_its_neighbours() {
                 of_others = together(&model, &on(isa, 2), &sequences);
                 &of_others
             };
-            for (i, (logits, state)) in together(&model, &on(isa, 2), &sequences[..12]).iter().enumerate() {
+            for (i, (logits, state)) in together(&model, &on(isa, 2), &sequences[..17]).iter().enumerate() {
                 assert!(*logits == all[i].0 && *state == all[i].1, "{file_type} on {}: {i}", isa.name());
             }
         }

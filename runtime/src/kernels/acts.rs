@@ -41,7 +41,7 @@ impl ActKind {
 ///
 /// Beside the codes it keeps their sums, which weights with a minimum and codes with an offset need.
 ///
-/// Floats, and codes of few tokens, are `[token][column]`. From eight tokens on, sixteen are interleaved so that a
+/// Floats, and codes of few tokens, are `[token][column]`. From six tokens on, sixteen are interleaved so that a
 /// vector holds the same four columns of all of them: codes `[token / 16][column / 4][16][4]`, scales
 /// `[token / 16][block][16]`, sums `[token / 16][sub-block][16]`. What the last group has beyond the last token means
 /// nothing.

@@ -75,6 +75,14 @@ impl<'a> MatrixRef<'a> {
         &self.bytes[r * self.row_bytes()..][..self.row_bytes()]
     }
 
+    /// Where row `r` begins, of a type whose blocks of `block_len` weights take `block_bytes`. A kernel knows these, and
+    /// is spared the divisions by those of any type, which for short rows take as long as the row.
+    #[inline(always)]
+    pub(crate) fn row_of(&self, r: usize, block_len: usize, block_bytes: usize) -> *const u8 {
+        debug_assert_eq!(self.dtype.block_len() * block_bytes, self.dtype.block_bytes() * block_len);
+        self.bytes[r * (self.cols / block_len * block_bytes)..].as_ptr()
+    }
+
     /// The scales of row `r` and what they call its first weight, of a type that has them beside its codes.
     pub(crate) fn beside(&self, r: usize) -> (&Scales<'a>, usize) {
         (self.scales.as_ref().expect("a type with scales beside its codes"), self.first + r * self.cols)
@@ -180,7 +188,7 @@ impl Scratch {
 }
 
 /// From this many tokens on, weights are expanded into a panel that all tokens share; with int8 activations.
-pub(crate) const INT_PANEL_TOKENS: usize = 8;
+pub(crate) const INT_PANEL_TOKENS: usize = 6;
 /// The same with f32 activations.
 pub(crate) const F32_PANEL_TOKENS: usize = 4;
 

@@ -9,12 +9,12 @@
 
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for the instruction set and for `Matmul`'s contract alone
 
-use super::avx512::{AsInt8, Avx512, close, ends_block, int_rows, scale};
+use super::avx512::{self, AsInt8, Avx512, HALF, close, ends_block, scale};
 use super::panel::{Format, InLarge, InSmall, Panel, STRIDE, Sweep, product};
 use super::unpack::{self, Large, Small, by_type};
 use crate::kernels;
 use crate::kernels::acts::Group;
-use crate::kernels::matmul::{INT_PANEL_TOKENS, Job, Scratch, TILE_SUBS};
+use crate::kernels::matmul::{Job, Scratch, TILE_SUBS};
 use crate::kernels::memory::LANES;
 use kestrel_formats::GgmlType;
 use std::arch::asm;
@@ -60,8 +60,8 @@ fn permitted() -> bool {
 pub(crate) unsafe fn int_matmul(job: &Job<'_>, scratch: &mut Scratch) {
     // SAFETY: the caller's.
     unsafe {
-        if job.acts.n_tokens() < INT_PANEL_TOKENS {
-            int_rows(job, scratch);
+        if job.acts.n_tokens() <= HALF {
+            avx512::int_matmul(job, scratch); // of a tile half would be idle
         } else if kernels::as_int8::applies(job) {
             as_int8(job, scratch);
         } else {

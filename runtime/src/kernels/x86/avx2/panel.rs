@@ -1,4 +1,4 @@
-//! Many tokens: tiles of 2 rows by 16 tokens.
+//! Many tokens: tiles of 2 rows by 16 tokens, or 4 rows by 8.
 //!
 //! Without a dot-product instruction, products are summed in i16 as long as the codes' size allows it exactly, then
 //! widened.
@@ -13,10 +13,8 @@ use crate::kernels::x86::panel::{Format, InLarge, InSmall, Panel, STRIDE, SUBS, 
 use crate::kernels::x86::unpack::{Large, Small};
 use std::arch::x86_64::*;
 
-/// Rows of a tile.
-const ROWS: usize = 2;
-/// Registers of 8 that 16 tokens take.
-const HALVES: usize = 2;
+/// Tokens of a register.
+const HALF: usize = LANES / 2;
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn small<F: Small>(job: &Job<'_>, scratch: &mut Scratch) {
@@ -41,10 +39,26 @@ impl Sweep for Maddubs {
     #[inline(always)]
     unsafe fn sweep<F: Format>(panel: &Panel, job: &Job<'_>, n_rows: usize, k0: usize, n: usize) {
         for g in 0..job.acts.n_groups() {
-            for r in (0..n_rows).step_by(ROWS) {
-                tile::<F>(panel, &job.acts.group(g), r, g, k0, n);
+            match job.acts.n_tokens() - g * LANES {
+                0..=HALF => group::<F, 4, 1>(panel, job, n_rows, g, k0, n),
+                _ => group::<F, 2, 2>(panel, job, n_rows, g, k0, n),
             }
         }
+    }
+}
+
+/// All rows times the tokens of group `g`, or its first eight, `R` rows at a time.
+#[inline(always)]
+unsafe fn group<F: Format, const R: usize, const H: usize>(
+    panel: &Panel,
+    job: &Job<'_>,
+    n_rows: usize,
+    g: usize,
+    k0: usize,
+    n: usize,
+) {
+    for r in (0..n_rows).step_by(R) {
+        tile::<F, R, H>(panel, &job.acts.group(g), r, g, k0, n);
     }
 }
 
@@ -57,19 +71,27 @@ const fn exact_steps(max_code: usize, sub: usize) -> usize {
     steps
 }
 
+/// `R` rows by `H` times eight tokens.
 #[inline(always)]
-unsafe fn tile<F: Format>(panel: &Panel, acts: &Group<'_>, r: usize, g: usize, k0: usize, n: usize) {
-    let mut floats = [[_mm256_setzero_ps(); HALVES]; ROWS];
+unsafe fn tile<F: Format, const R: usize, const H: usize>(
+    panel: &Panel,
+    acts: &Group<'_>,
+    r: usize,
+    g: usize,
+    k0: usize,
+    n: usize,
+) {
+    let mut floats = [[_mm256_setzero_ps(); H]; R];
     for sub in 0..n / F::SUB {
         let at = k0 + sub * F::SUB;
         let sums = sums_of::<F>(acts, at / F::SUB);
-        let sums = each!([_mm256_setzero_si256(); HALVES], h => _mm256_loadu_si256(sums.add(8 * h).cast()));
-        let dots = dots::<F>(panel, acts, r, sub, at, &sums);
-        scale::<F>(panel, acts, r, at, sub, &dots, &sums, &mut floats);
+        let sums = each!([_mm256_setzero_si256(); H], h => _mm256_loadu_si256(sums.add(8 * h).cast()));
+        let dots = dots::<F, R, H>(panel, acts, r, sub, at, &sums);
+        scale::<F, R, H>(panel, acts, r, at, sub, &dots, &sums, &mut floats);
         if F::BLOCK == 256 && (sub + 1).is_multiple_of(256 / F::SUB) {
             let scales = acts.scales[at / 256 * LANES..][..LANES].as_ptr();
-            for i in 0..ROWS {
-                for h in 0..HALVES {
+            for i in 0..R {
+                for h in 0..H {
                     let to = panel.sums(g, r + i).add(8 * h);
                     let scale = _mm256_loadu_ps(scales.add(8 * h));
                     _mm256_storeu_ps(to, _mm256_fmadd_ps(floats[i][h], scale, _mm256_loadu_ps(to)));
@@ -79,8 +101,8 @@ unsafe fn tile<F: Format>(panel: &Panel, acts: &Group<'_>, r: usize, g: usize, k
         }
     }
     if F::BLOCK == 32 {
-        for i in 0..ROWS {
-            for h in 0..HALVES {
+        for i in 0..R {
+            for h in 0..H {
                 let to = panel.sums(g, r + i).add(8 * h);
                 _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), floats[i][h]));
             }
@@ -90,31 +112,31 @@ unsafe fn tile<F: Format>(panel: &Panel, acts: &Group<'_>, r: usize, g: usize, k
 
 /// Integer products of sub-block `sub` of the panel, which begins at column `at`.
 #[inline(always)]
-unsafe fn dots<F: Format>(
+unsafe fn dots<F: Format, const R: usize, const H: usize>(
     panel: &Panel,
     acts: &Group<'_>,
     r: usize,
     sub: usize,
     at: usize,
-    sums: &[__m256i; HALVES],
-) -> [[__m256i; HALVES]; ROWS] {
+    sums: &[__m256i; H],
+) -> [[__m256i; H]; R] {
     let left = F::BIAS - Maddubs::taken_off(F::BIAS);
-    let mut dots = [[_mm256_setzero_si256(); HALVES]; ROWS];
+    let mut dots = [[_mm256_setzero_si256(); H]; R];
     if left != 0 {
         let start = _mm256_set1_epi32(-i32::from(left));
-        dots = [each!([start; HALVES], h => _mm256_mullo_epi32(sums[h], start)); ROWS];
+        dots = [each!([start; H], h => _mm256_mullo_epi32(sums[h], start)); R];
     }
     let ones = _mm256_set1_epi16(1);
     let codes = panel.codes.add(r * STRIDE + sub * F::SUB);
     let x = acts.codes[at * LANES..][..F::SUB * LANES].as_ptr();
     let steps = if F::BITS == 8 { 1 } else { exact_steps((1 << F::BITS) - 1, F::SUB) };
     for k0 in (0..F::SUB / 4).step_by(steps) {
-        let mut pairs = [[_mm256_setzero_si256(); HALVES]; ROWS];
+        let mut pairs = [[_mm256_setzero_si256(); H]; R];
         for k in k0..k0 + steps {
-            let x = each!([ones; HALVES], h => _mm256_loadu_si256(x.add(4 * k * LANES + 32 * h).cast()));
-            for i in 0..ROWS {
+            let x = each!([ones; H], h => _mm256_loadu_si256(x.add(4 * k * LANES + 32 * h).cast()));
+            for i in 0..R {
                 let w = _mm256_set1_epi32(codes.add(i * STRIDE + 4 * k).cast::<i32>().read_unaligned());
-                for h in 0..HALVES {
+                for h in 0..H {
                     let products = match F::BITS {
                         8 => _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x[h], w)),
                         _ => _mm256_maddubs_epi16(w, x[h]),
@@ -123,8 +145,8 @@ unsafe fn dots<F: Format>(
                 }
             }
         }
-        for i in 0..ROWS {
-            for h in 0..HALVES {
+        for i in 0..R {
+            for h in 0..H {
                 dots[i][h] = _mm256_add_epi32(dots[i][h], _mm256_madd_epi16(pairs[i][h], ones));
             }
         }
@@ -147,19 +169,19 @@ unsafe fn scaled<F: Format>(acts: &Group<'_>, at: usize, h: usize, x: __m256i) -
 /// Scales integer products and adds them; `sums` are those of the activations' codes.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)] // where, what, and the sums
-unsafe fn scale<F: Format>(
+unsafe fn scale<F: Format, const R: usize, const H: usize>(
     panel: &Panel,
     acts: &Group<'_>,
     r: usize,
     at: usize,
     sub: usize,
-    dots: &[[__m256i; HALVES]; ROWS],
-    sums: &[__m256i; HALVES],
-    floats: &mut [[__m256; HALVES]; ROWS],
+    dots: &[[__m256i; H]; R],
+    sums: &[__m256i; H],
+    floats: &mut [[__m256; H]; R],
 ) {
-    for i in 0..ROWS {
+    for i in 0..R {
         let scale = _mm256_set1_ps(*panel.scales.add((r + i) * SUBS + sub));
-        for h in 0..HALVES {
+        for h in 0..H {
             floats[i][h] = _mm256_fmadd_ps(scaled::<F>(acts, at, h, dots[i][h]), scale, floats[i][h]);
             if F::HAS_OFFSETS {
                 let offset = _mm256_set1_ps(*panel.offsets.add((r + i) * SUBS + sub));

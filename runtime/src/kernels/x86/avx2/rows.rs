@@ -50,7 +50,7 @@ impl<F: Two> Few for SmallRow<F> {
         out: &mut [[f32; LANES]; TOKENS],
         r: usize,
     ) {
-        let (p, n_blocks) = (job.weights.row(row).as_ptr(), job.weights.cols / 32);
+        let (p, n_blocks) = (job.weights.row_of(row, 32, F::BYTES), job.weights.cols / 32);
         let x = each!([Token::new(job, t, 32); T], i => Token::new(job, t + i, 32));
         let mut sums = [SmallSums { products: [_mm256_setzero_ps(); 2], offsets: _mm_setzero_ps() }; T];
         let whole = n_blocks / FOUR * FOUR;
@@ -175,7 +175,7 @@ impl<F: Narrow> Few for LargeRow<F> {
         out: &mut [[f32; LANES]; TOKENS],
         r: usize,
     ) {
-        let p = job.weights.row(row).as_ptr();
+        let p = job.weights.row_of(row, 256, F::BYTES);
         let x = each!([Token::new(job, t, F::SUB); T], i => Token::new(job, t + i, F::SUB));
         let mut sums = [LargeSums { products: [_mm256_setzero_ps(); 2], mins: [0.0; LANES] }; T];
         for b in 0..job.weights.cols / 256 {

@@ -9,7 +9,7 @@ mod wide;
 
 pub(super) use as_int8::AsInt8;
 pub(crate) use lanes::Avx512;
-pub(super) use panel::{close, ends_block, scale};
+pub(super) use panel::{HALF, close, ends_block, scale};
 
 use super::unpack::{self, by_type};
 use crate::kernels;
@@ -40,7 +40,7 @@ pub(crate) unsafe fn int_matmul(job: &Job<'_>, scratch: &mut Scratch) {
 /// # Safety
 /// That of [`crate::kernels::matmul::Matmul`].
 #[inline(always)]
-pub(super) unsafe fn int_rows(job: &Job<'_>, scratch: &mut Scratch) {
+unsafe fn int_rows(job: &Job<'_>, scratch: &mut Scratch) {
     use rows::{large, small};
     // SAFETY: the caller's.
     unsafe { by_type!(job.weights.ggml(), small, large, (job, scratch)) };

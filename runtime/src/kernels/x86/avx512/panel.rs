@@ -35,10 +35,7 @@ pub(super) unsafe fn large<F: Large>(job: &Job<'_>, scratch: &mut Scratch) {
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
 pub(super) unsafe fn as_int8(job: &Job<'_>, scratch: &mut Scratch) {
-    match job.acts.n_tokens() {
-        0..=HALF => product::<AsInt8, InPairs>(job, scratch),
-        _ => product::<AsInt8, Vnni>(job, scratch),
-    }
+    product::<AsInt8, Vnni>(job, scratch);
 }
 
 struct Vnni;
@@ -202,7 +199,7 @@ pub(in crate::kernels::x86) unsafe fn close<F: Format, const R: usize, const G: 
 }
 
 /// Half a group of tokens.
-const HALF: usize = LANES / 2;
+pub(in crate::kernels::x86) const HALF: usize = LANES / 2;
 /// Columns of which a pair of rows has the codes in the place of one row.
 const HALF_COLS: usize = PANEL_COLS / 2;
 /// Pairs of rows in a tile: those of 16 rows.

@@ -169,7 +169,7 @@ impl<F: Four> Few for Small<F> {
         out: &mut [[f32; LANES]; TOKENS],
         r: usize,
     ) {
-        let (p, n_blocks) = (job.weights.row(row).as_ptr(), job.weights.cols / 32);
+        let (p, n_blocks) = (job.weights.row_of(row, 32, F::BYTES), job.weights.cols / 32);
         let tokens = each!([self.tokens[0]; T], i => self.tokens[t + i]);
         let mut sums = [SmallSums { products: _mm512_setzero_ps(), offsets: _mm_setzero_ps() }; T];
         for b in (0..n_blocks).step_by(LANES) {
@@ -249,7 +249,7 @@ unsafe fn beside_blocks<F: Four, const T: usize>(
     n: usize,
     sums: &mut [SmallSums; T],
 ) {
-    let p = job.weights.row(row).as_ptr().add(b * F::BYTES);
+    let p = job.weights.row_of(row, 32, F::BYTES).add(b * F::BYTES);
     let d = scales::sixteen(&job.weights, row, b, n);
     let mask = ((1u32 << n) - 1) as __mmask16;
     let factors = each!([d; T], i => _mm512_mul_ps(d, _mm512_maskz_loadu_ps(mask, x[i].scales.add(b))));
@@ -303,7 +303,7 @@ impl<F: Wide, const R: usize> Few for Large<F, R> {
         r: usize,
     ) {
         let zero = _mm512_setzero_ps();
-        let (p, n_blocks) = (job.weights.row(row).as_ptr(), job.weights.cols / 256);
+        let (p, n_blocks) = (job.weights.row_of(row, 256, F::BYTES), job.weights.cols / 256);
         let tokens = each!([self.tokens[0]; T], i => self.tokens[t + i]);
         let mut sums = LargeSums { products: [[zero; R]; T], mins: [[zero; 2]; T] };
         let mut room = [const { MaybeUninit::<Prepared<T>>::uninit() }; 2];
