@@ -146,7 +146,7 @@ fn same_bits(isa: Isa) {
         let blocks = |n: usize| n.next_multiple_of(ty.block_len());
         // Odd and even blocks, less and more than a panel; around the tiles and the two paths.
         for cols in [blocks(1), blocks(300), blocks(1100), blocks(2040)] {
-            for tokens in [1, 3, 4, 5, 6, 8, 13, 32, 35, 50] {
+            for tokens in [1, 3, 4, 5, 6, 7, 8, 13, 16, 17, 32, 35, 50] {
                 for precise in [false, true] {
                     let truth = product(isa.truth(), ty, cols, tokens, precise);
                     let same = truth == product(isa, ty, cols, tokens, precise);

@@ -8,10 +8,10 @@
 //! Numerics: an integer product is exact within a block (of 32 weights, or a sub-block) and f32 across blocks; a float
 //! product keeps several partial sums. The order of these sums is one for few tokens, where a row is sixteen lanes of
 //! partial sums, and one for many, where tokens share an expanded panel; so how many tokens go together changes the
-//! rounding. One thing else does: AVX-512 and AMX multiply Q4_K as int8 there (`as_int8.rs`). For the rest each operation
-//! rounds the same way and in the same order on every instruction set (multiply-adds are fused, also where that takes more
-//! than one instruction), whatever its tiles are, and for any number of threads. `blocks.rs` has the orders of the integer
-//! products in plain Rust.
+//! rounding. One thing else does: AVX-512 and AMX multiply Q4_K as int8 from seventeen tokens on (`as_int8.rs`). For the
+//! rest each operation rounds the same way and in the same order on every instruction set (multiply-adds are fused, also
+//! where that takes more than one instruction), whatever its tiles are, and for any number of threads. `blocks.rs` has the
+//! orders of the integer products in plain Rust.
 //!
 //! The state of a sequence is laid out as `[channel / 16][..][16]` on every instruction set.
 

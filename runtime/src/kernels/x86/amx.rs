@@ -9,8 +9,8 @@
 
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for the instruction set and for `Matmul`'s contract alone
 
-use super::avx512::{self, AsInt8, Avx512, HALF, close, ends_block, scale};
-use super::panel::{Format, InLarge, InSmall, Panel, STRIDE, Sweep, product};
+use super::avx512::{self, AsInt8, Avx512, close, ends_block, scale};
+use super::panel::{Format, HALF, InLarge, InSmall, Panel, STRIDE, Sweep, product};
 use super::unpack::{self, Large, Small, by_type};
 use crate::kernels;
 use crate::kernels::acts::Group;

@@ -20,6 +20,8 @@ use std::mem::MaybeUninit;
 
 /// Bytes from a row of codes to the next: rows of 256 alone would share their cache sets.
 pub(super) const STRIDE: usize = PANEL_COLS + 64;
+/// Half a group of tokens: with no more, an instruction set may do half the work.
+pub(super) const HALF: usize = LANES / 2;
 /// Sub-blocks of a row of a panel at most.
 pub(super) const SUBS: usize = PANEL_COLS / 16;
 

@@ -9,12 +9,11 @@ use super::Avx2;
 use crate::kernels::acts::Group;
 use crate::kernels::matmul::{Job, Scratch};
 use crate::kernels::memory::LANES;
-use crate::kernels::x86::panel::{Format, InLarge, InSmall, Panel, STRIDE, SUBS, Sweep, product, sums_of};
+use crate::kernels::x86::panel::{
+    Format, HALF, InLarge, InSmall, Panel, STRIDE, SUBS, Sweep, product, sums_of,
+};
 use crate::kernels::x86::unpack::{Large, Small};
 use std::arch::x86_64::*;
-
-/// Tokens of a register.
-const HALF: usize = LANES / 2;
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn small<F: Small>(job: &Job<'_>, scratch: &mut Scratch) {
@@ -57,8 +56,9 @@ unsafe fn group<F: Format, const R: usize, const H: usize>(
     k0: usize,
     n: usize,
 ) {
+    let acts = job.acts.group(g);
     for r in (0..n_rows).step_by(R) {
-        tile::<F, R, H>(panel, &job.acts.group(g), r, g, k0, n);
+        tile::<F, R, H>(panel, &acts, r, g, k0, n);
     }
 }
 

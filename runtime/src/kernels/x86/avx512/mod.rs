@@ -9,7 +9,7 @@ mod wide;
 
 pub(super) use as_int8::AsInt8;
 pub(crate) use lanes::Avx512;
-pub(super) use panel::{HALF, close, ends_block, scale};
+pub(super) use panel::{close, ends_block, scale};
 
 use super::unpack::{self, by_type};
 use crate::kernels;

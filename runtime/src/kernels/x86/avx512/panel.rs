@@ -13,29 +13,34 @@ use super::as_int8::AsInt8;
 use crate::kernels::acts::Group;
 use crate::kernels::matmul::{Job, PANEL_COLS, Scratch};
 use crate::kernels::memory::LANES;
-use crate::kernels::x86::panel::{Format, InLarge, InSmall, Panel, STRIDE, SUBS, Sweep, product, sums_of};
+use crate::kernels::x86::panel::{
+    Format, HALF, InLarge, InSmall, Panel, STRIDE, SUBS, Sweep, product, sums_of,
+};
 use crate::kernels::x86::unpack::{Large, Small};
 use std::arch::x86_64::*;
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
 pub(super) unsafe fn small<F: Small>(job: &Job<'_>, scratch: &mut Scratch) {
-    match job.acts.n_tokens() {
-        0..=HALF => product::<InSmall<F>, InPairs>(job, scratch),
-        _ => product::<InSmall<F>, Vnni>(job, scratch),
-    }
+    many::<InSmall<F>>(job, scratch);
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
 pub(super) unsafe fn large<F: Large>(job: &Job<'_>, scratch: &mut Scratch) {
-    match job.acts.n_tokens() {
-        0..=HALF => product::<InLarge<F>, InPairs>(job, scratch),
-        _ => product::<InLarge<F>, Vnni>(job, scratch),
-    }
+    many::<InLarge<F>>(job, scratch);
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
 pub(super) unsafe fn as_int8(job: &Job<'_>, scratch: &mut Scratch) {
     product::<AsInt8, Vnni>(job, scratch);
+}
+
+/// The sweep that fits the number of tokens.
+#[inline(always)]
+unsafe fn many<F: Format>(job: &Job<'_>, scratch: &mut Scratch) {
+    match job.acts.n_tokens() {
+        0..=HALF => product::<F, InPairs>(job, scratch),
+        _ => product::<F, Vnni>(job, scratch),
+    }
 }
 
 struct Vnni;
@@ -198,8 +203,6 @@ pub(in crate::kernels::x86) unsafe fn close<F: Format, const R: usize, const G: 
     }
 }
 
-/// Half a group of tokens.
-pub(in crate::kernels::x86) const HALF: usize = LANES / 2;
 /// Columns of which a pair of rows has the codes in the place of one row.
 const HALF_COLS: usize = PANEL_COLS / 2;
 /// Pairs of rows in a tile: those of 16 rows.
