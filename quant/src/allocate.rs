@@ -25,46 +25,75 @@ pub enum Goal {
     Kl(f64),
 }
 
+/// Parts that a goal is divided into. A state is kept for each: enough that hundreds of matrices end close to the goal,
+/// few enough for a moment of time and some MiB.
+const PARTS: usize = 1 << 14;
+
+/// Choices so far that cost about as much as those of no other state.
+#[derive(Clone, Copy)]
+struct State {
+    /// What the goal limits.
+    cost: f64,
+    /// What is to be small.
+    value: f64,
+}
+
 /// The index of the choice for each matrix. `None` if even the smallest are too large, or the best too far away, or a
 /// matrix has no choice.
 ///
-/// Starts from the smallest types and takes, one after the other, the step that brings the most per byte.
+/// A multiple-choice knapsack: matrix by matrix, the best choices for each part of the goal that they may use up. Costs
+/// are added up as they are, so that nothing is lost to rounding; that choices of one part compete makes the result the
+/// best but for a part of the goal.
 pub fn allocate(matrices: &[Vec<Choice>], goal: Goal) -> Option<Vec<usize>> {
-    let smallest = |choices: &Vec<Choice>| (0..choices.len()).min_by_key(|&i| choices[i].n_bytes);
-    let mut chosen = matrices.iter().map(smallest).collect::<Option<Vec<usize>>>()?;
-    let total = |chosen: &[usize]| {
-        let chosen = matrices.iter().zip(chosen).map(|(choices, &i)| choices[i]);
-        chosen.fold((0, 0.0), |(n_bytes, kl), c| (n_bytes + c.n_bytes, kl + c.kl))
+    let of = |c: &Choice| match goal {
+        Goal::Bytes(_) => State { cost: c.n_bytes as f64, value: c.kl },
+        Goal::Kl(_) => State { cost: c.kl, value: c.n_bytes as f64 },
     };
-    let (mut n_bytes, mut kl) = total(&chosen);
-    loop {
-        let left = match goal {
-            Goal::Bytes(most) => most.checked_sub(n_bytes)?,
-            Goal::Kl(most) if kl <= most => return Some(chosen),
-            Goal::Kl(_) => u64::MAX,
-        };
-        let mut best = None;
-        for (m, choices) in matrices.iter().enumerate() {
-            let now = choices[chosen[m]];
-            for (i, c) in choices.iter().enumerate() {
-                let (more, less) = (c.n_bytes.saturating_sub(now.n_bytes), now.kl - c.kl);
-                if less <= 0.0 || more > left {
+    let most = match goal {
+        Goal::Bytes(most) => most as f64,
+        Goal::Kl(most) => most,
+    };
+    let part = |cost: f64| (cost / most * PARTS as f64) as usize;
+    let better = |a: State, b: State| (a.value, a.cost) < (b.value, b.cost);
+
+    let least = |choices: &Vec<Choice>| choices.iter().map(|c| of(c).cost).reduce(f64::min);
+    let least = matrices.iter().map(least).collect::<Option<Vec<f64>>>()?;
+    let mut states: Vec<Option<State>> = vec![None; PARTS + 1];
+    states[0] = Some(State { cost: 0.0, value: 0.0 });
+    let mut steps = Vec::with_capacity(matrices.len());
+    for (m, choices) in matrices.iter().enumerate() {
+        // A state that leaves too little for the matrices to come must not stand in the way of one that does not.
+        let rest: f64 = least[m + 1..].iter().sum();
+        let mut next: Vec<Option<State>> = vec![None; PARTS + 1];
+        let mut step = vec![(0u32, 0u8); PARTS + 1];
+        for (from, state) in states.iter().enumerate() {
+            let Some(state) = state else { continue };
+            for (i, choice) in choices.iter().enumerate() {
+                let c = of(choice);
+                let sum = State { cost: state.cost + c.cost, value: state.value + c.value };
+                // Also keeps infinities and what is not a number out.
+                if !(sum.cost + rest <= most) || !sum.value.is_finite() {
                     continue;
                 }
-                // More for no byte at all is the best that there is.
-                let gain = if more == 0 { f64::INFINITY } else { less / more as f64 };
-                if best.is_none_or(|(_, _, most)| gain > most) {
-                    best = Some((m, i, gain));
+                let to = part(sum.cost);
+                if next[to].is_none_or(|there| better(sum, there)) {
+                    (next[to], step[to]) = (Some(sum), (from as u32, i as u8));
                 }
             }
         }
-        match (best, goal) {
-            (Some((m, i, _)), _) => chosen[m] = i,
-            (None, Goal::Bytes(_)) => return Some(chosen),
-            (None, Goal::Kl(_)) => return None,
-        }
-        (n_bytes, kl) = total(&chosen);
+        states = next;
+        steps.push(step);
     }
+    let ends = states.iter().enumerate().filter_map(|(at, state)| Some((at, (*state)?)));
+    let (mut at, _) = ends.reduce(|best, end| if better(end.1, best.1) { end } else { best })?;
+    let mut chosen: Vec<usize> = Vec::with_capacity(matrices.len());
+    for step in steps.iter().rev() {
+        let (from, i) = step[at];
+        chosen.push(i.into());
+        at = from as usize;
+    }
+    chosen.reverse();
+    Some(chosen)
 }
 
 #[cfg(test)]
@@ -96,6 +125,40 @@ mod tests {
         assert_eq!(allocate(&matrices, Goal::Kl(1.5)), Some(vec![1, 1]));
         assert_eq!(allocate(&matrices, Goal::Kl(1.4)), None);
         assert_eq!(allocate(&[vec![]], Goal::Bytes(100)), None);
+    }
+
+    #[test]
+    fn nothing_that_could_be_chosen_is_better() {
+        let mut seed = 1u64;
+        let mut below = |n: u64| {
+            seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (seed >> 33) % n
+        };
+        for _ in 0..20 {
+            // Types of 2 to 8 bits, each bit a quarter of the divergence.
+            let mut matrix = || {
+                let (rows, kl) = (1 + below(50), (1 + below(1000)) as f64 * 1e-4);
+                choices(&[2, 3, 4, 5, 6, 8].map(|bits| (rows * bits, kl / f64::powi(4.0, bits as i32 - 2))))
+            };
+            let matrices: [_; 5] = std::array::from_fn(|_| matrix());
+            let of = |chosen: &[usize]| {
+                let chosen = matrices.iter().zip(chosen).map(|(choices, &i)| choices[i]);
+                chosen.fold((0, 0.0), |(n, kl), c| (n + c.n_bytes, kl + c.kl))
+            };
+            let all: Vec<(u64, f64)> =
+                (0..6usize.pow(5)).map(|n| of(&[1, 6, 36, 216, 1296].map(|place| n / place % 6))).collect();
+            for (bytes, kl) in [all[1234], all[4321], all[7000]] {
+                let fewest = all.iter().filter(|a| a.1 <= kl).map(|a| a.0).min();
+                let got = allocate(&matrices, Goal::Kl(kl)).map(|chosen| of(&chosen));
+                assert_eq!(got.map(|(bytes, _)| bytes), fewest, "KL {kl}");
+                assert!(got.is_some_and(|got| got.1 <= kl));
+
+                let least = all.iter().filter(|a| a.0 <= bytes).map(|a| a.1).fold(f64::INFINITY, f64::min);
+                let got = allocate(&matrices, Goal::Bytes(bytes)).map(|chosen| of(&chosen));
+                assert_eq!(got.map(|(_, kl)| kl), Some(least), "{bytes} bytes");
+                assert!(got.is_some_and(|got| got.0 <= bytes));
+            }
+        }
     }
 
     #[test]
