@@ -78,7 +78,8 @@ impl<T: Args> ModelArgs<T> {
         let quantize = self.quantize();
         let bar = Bar::new();
         let progress = |done: u64, total: u64| bar.set("quantizing", done, total);
-        let model = Model::open(&self.path, &LoadOptions { quantize, progress: Some(&progress) })?;
+        let progress = quantize.is_some().then_some(&progress as _);
+        let model = Model::open(&self.path, &LoadOptions { quantize, progress })?;
         output::warnings(&self.path, model.warnings());
         Ok(model)
     }

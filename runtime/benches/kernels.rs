@@ -14,7 +14,7 @@ use kestrel_formats::GgmlType;
 use kestrel_formats::arch::{Arch, HyperParams};
 use kestrel_quant::codec;
 use kestrel_runtime::State;
-use kestrel_runtime::kernels::peak::{Limits, READ_BYTES};
+use kestrel_runtime::kernels::peak::{Limits, READ_BYTES, Reading};
 use kestrel_runtime::kernels::{
     ActKind, Acts, Compute, InProj, Isa, MatrixRef, Mixer, ScanWeights, Segment, Then,
 };
@@ -47,8 +47,10 @@ impl Speed {
     /// Name and limit, per nanosecond.
     fn limit(self) -> (&'static str, f64) {
         static LIMITS: OnceLock<Limits> = OnceLock::new();
-        let limits = LIMITS
-            .get_or_init(|| Limits::measure(isa(), n_threads(), READ_BYTES).expect("memory to measure"));
+        let limits = LIMITS.get_or_init(|| {
+            let mut reading = Reading::new(n_threads(), READ_BYTES).expect("memory to measure");
+            Limits::measure(isa(), &mut reading)
+        });
         match self {
             Self::Read => ("GB/s", limits.read_bytes_s / 1e9),
             Self::Int8 => ("GMAC/s", limits.int8_mac_s / 1e9),

@@ -172,7 +172,7 @@ def main():
     for i in range(args.rounds):
         figures, about = ours.turn()
         turns[ours.name].append(figures)
-        limits.append({key: about[key] for key in ("read_gb_s", "int8_peak_gmac_s", "f32_peak_gmac_s")})
+        limits.append({key: about[key] for key in d.LIMITS})
         turns[theirs.name].append(theirs.turn())
         say(f"round {i + 1}: " + ", ".join(f"{name} {rounds[-1]}" for name, rounds in turns.items()))
 
@@ -184,7 +184,6 @@ def main():
             figures[key] = {"what": what, **sides, "llama.cpp setting": theirs.best[key]}
     machine_limits = {key: summary([x[key] for x in limits]) for key in limits[0]}
     per_token = about["prefill_gmac_s"] / about["prefill_tok_s"]
-    bytes_per_token = about["decode_gb_s"] / about["decode_tok_s"]
     record = {
         "model": args.model.name,
         "model_bytes": args.model.stat().st_size,
@@ -204,8 +203,7 @@ def main():
             per_token * statistics.median(t["prefill_tok_s"] for t in turns[ours.name])
             / machine_limits["int8_peak_gmac_s"]["median"],
         "decode_share_of_reading":
-            bytes_per_token * statistics.median(t["decode_tok_s"] for t in turns[ours.name])
-            / machine_limits["read_gb_s"]["median"],
+            machine_limits["decode_read_share"]["median"],
         "first_token_ms": about["first_token_ms"],
         "process_of_one_token_s": ours.one_token_s(),
         "rss_anon_bytes": about["rss_anon_bytes"],

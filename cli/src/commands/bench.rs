@@ -7,11 +7,11 @@ use crate::output::{self, Table};
 use crate::progress::Steps;
 use clap::Args;
 use kestrel_formats::Result;
-use kestrel_runtime::kernels::peak::{Limits, READ_BYTES};
-use kestrel_runtime::session::Session;
+use kestrel_runtime::kernels::peak::{Limits, READ_BYTES, Reading};
+use kestrel_runtime::state::State;
 use kestrel_runtime::{Batch, Work};
 use serde_json::{Value as Json, json};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Measure prefill and decode speed beside the machine's own limits
 ///
@@ -26,7 +26,8 @@ Example:
   KESTREL_ISA=avx2 kestrel bench falcon.gguf --threads 1 --json
 
 Figures:
-  GB/s     bytes of weights that a decoded token touches, and of the state, read and written
+  GB/s     bytes of weights that a decoded token touches, and of the state, read and written; their share is of what
+           reading other memory brings between tokens, since that changes while other programs run
   GMAC/s   multiply-adds of the matrices; prefill computes the output matrix for its last token only
   RssAnon  the most memory that is not the mapped file, beside the measurement of the limits")]
 pub struct BenchArgs {
@@ -79,6 +80,8 @@ struct Measured {
     isa: &'static str,
     threads: usize,
     limits: Limits,
+    /// Between decoded tokens.
+    reading: Spent,
     work: Work,
     open_ms: f64,
     first_token_ms: f64,
@@ -101,7 +104,8 @@ impl Measured {
         let first_token_ms = since_start_ms();
 
         let (isa, threads) = (session.runner().isa(), session.runner().n_threads());
-        let limits = steps.step("the machine's limits", || Limits::measure(isa, threads, read_bytes()))?;
+        let mut reading = Reading::new(threads, read_bytes())?;
+        let limits = steps.step("the machine's limits", || Limits::measure(isa, &mut reading));
         session.reset();
         steps.step(format!("reading {} tokens before", args.depth), || {
             session.prefill(&tokens.take(args.depth))
@@ -111,6 +115,7 @@ impl Measured {
             isa: isa.name(),
             threads,
             limits,
+            reading: Spent::default(),
             work: model.work(),
             open_ms,
             first_token_ms,
@@ -122,27 +127,33 @@ impl Measured {
         for _ in 0..args.repeats {
             session.set_state(start.clone())?;
             let prompt = tokens.take(args.prompt);
-            let prefill =
-                steps.step("reading a prompt", || rate(args.prompt, || session.prefill(&prompt)))?;
-            run.prefill_tok_s.extend(prefill);
-            let decode = steps.step("writing", || {
-                if args.batch == 1 {
-                    return rate(args.n_tokens, || decode(&mut session, &mut tokens, args.n_tokens));
+            let mut prefill = Spent::default();
+            steps.step("reading a prompt", || prefill.on(args.prompt, || session.prefill(&prompt)))?;
+            run.prefill_tok_s.extend(prefill.rate());
+
+            let mut batch = match args.batch {
+                1 => None,
+                n => Some(batch_of(n, &start, Batch::new(&model, &args.model.runner_options(threads))?)?),
+            };
+            let mut decode = Spent::default();
+            steps.step("writing", || -> Result<()> {
+                for _ in 0..args.n_tokens {
+                    let next = tokens.take(args.batch);
+                    decode.on(args.batch, || match &mut batch {
+                        Some(batch) => {
+                            batch.step(&next.iter().map(std::slice::from_ref).collect::<Vec<_>>()).map(|_| ())
+                        }
+                        None => session.prefill(&next),
+                    })?;
+                    let (n_bytes, time) = reading.go_on();
+                    run.reading.add(n_bytes as f64, time);
                 }
-                let mut batch = Batch::new(&model, &args.model.runner_options(threads))?;
-                for _ in 0..args.batch {
-                    batch.add(start.clone())?;
-                }
-                rate(args.n_tokens * args.batch, || {
-                    for _ in 0..args.n_tokens {
-                        let next = tokens.take(args.batch);
-                        batch.step(&next.iter().map(std::slice::from_ref).collect::<Vec<_>>())?;
-                    }
-                    Ok(())
-                })
+                Ok(())
             })?;
-            run.decode_tok_s.extend(decode);
-            run.rss_anon_bytes = run.rss_anon_bytes.max(kib_line("/proc/self/status", "RssAnon:"));
+            run.decode_tok_s.extend(decode.rate());
+            let rss_anon = kib_line("/proc/self/status", "RssAnon:");
+            let rss_anon = rss_anon.map(|n| n.saturating_sub(reading.n_bytes() as u64));
+            run.rss_anon_bytes = run.rss_anon_bytes.max(rss_anon);
             run.rss_file_bytes = run.rss_file_bytes.max(kib_line("/proc/self/status", "RssFile:"));
         }
         model.check_unchanged()?;
@@ -161,6 +172,11 @@ impl Measured {
         median(&self.decode_tok_s).map(|tok_s| tok_s * bytes)
     }
 
+    /// Bytes per second while writing, of those of reading at the same time.
+    fn read_share(&self, args: &BenchArgs) -> Option<f64> {
+        Some(self.decode_bytes_s(args.batch)? / self.reading.rate()?)
+    }
+
     fn to_json(&self, args: &BenchArgs) -> Json {
         let prefill_mac_s = self.prefill_mac_s(args.prompt);
         let decode_bytes_s = self.decode_bytes_s(args.batch);
@@ -175,7 +191,8 @@ impl Measured {
             "decode_tok_s_min": least(&self.decode_tok_s),
             "decode_tok_s_max": most(&self.decode_tok_s),
             "decode_gb_s": giga(decode_bytes_s),
-            "decode_read_share": decode_bytes_s.map(|x| x / self.limits.read_bytes_s),
+            "decode_read_share": self.read_share(args),
+            "read_between_gb_s": giga(self.reading.rate()),
             "read_gb_s": self.limits.read_bytes_s / 1e9,
             "int8_peak_gmac_s": self.limits.int8_mac_s / 1e9,
             "f32_peak_gmac_s": self.limits.f32_mac_s / 1e9,
@@ -199,7 +216,7 @@ impl Measured {
     }
 
     /// The cells of this run's column.
-    fn cells(&self, args: &BenchArgs) -> [String; 14] {
+    fn cells(&self, args: &BenchArgs) -> [String; 15] {
         let prefill_mac_s = self.prefill_mac_s(args.prompt);
         let decode_bytes_s = self.decode_bytes_s(args.batch);
         let number = |x: Option<f64>| x.map_or("-".to_owned(), |x| format!("{x:.1}"));
@@ -207,7 +224,6 @@ impl Measured {
             (Some(median), Some(least), Some(most)) => format!("{median:.2} ({least:.2} to {most:.2})"),
             _ => "-".to_owned(),
         };
-        let share = |x: Option<f64>, limit: f64| number(x.map(|x| 100.0 * x / limit));
         let bytes = |n: Option<u64>| n.map_or("-".to_owned(), output::bytes);
         [
             self.isa.to_owned(),
@@ -216,10 +232,11 @@ impl Measured {
             number(Some(self.limits.f32_mac_s / 1e9)),
             spread(&self.prefill_tok_s),
             number(prefill_mac_s.map(|x| x / 1e9)),
-            share(prefill_mac_s, self.limits.int8_mac_s),
+            number(prefill_mac_s.map(|x| 100.0 * x / self.limits.int8_mac_s)),
             spread(&self.decode_tok_s),
             number(decode_bytes_s.map(|x| x / 1e9)),
-            share(decode_bytes_s, self.limits.read_bytes_s),
+            number(self.reading.rate().map(|x| x / 1e9)),
+            number(self.read_share(args).map(|x| 100.0 * x)),
             number(Some(self.first_token_ms)),
             bytes(self.rss_anon_bytes),
             bytes(self.rss_file_bytes),
@@ -243,7 +260,8 @@ fn table(args: &BenchArgs, runs: &[Measured]) -> String {
         "  % of the int8 peak".to_owned(),
         format!("decode of {} x {}, tok/s", args.batch, args.n_tokens),
         "  GB/s".to_owned(),
-        "  % of reading memory".to_owned(),
+        "  reading memory between tokens, GB/s".to_owned(),
+        "  % of that".to_owned(),
         "first token, ms".to_owned(),
         "RssAnon at most".to_owned(),
         "RssFile at most".to_owned(),
@@ -263,19 +281,39 @@ fn read_bytes() -> usize {
     (READ_BYTES as u64).min(available / 4) as usize
 }
 
-fn decode(session: &mut Session, tokens: &mut Tokens, n: u32) -> Result<()> {
+/// So many sequences in the same state.
+fn batch_of<'m>(n: u32, state: &State, mut batch: Batch<'m>) -> Result<Batch<'m>> {
     for _ in 0..n {
-        session.prefill(&[tokens.next()])?;
+        batch.add(state.clone())?;
     }
-    Ok(())
+    Ok(batch)
 }
 
-/// Tokens per second of `work`; nothing to measure is no figure.
-fn rate(n_tokens: u32, work: impl FnOnce() -> Result<()>) -> Result<Option<f64>> {
-    let started = Instant::now();
-    work()?;
-    let seconds = started.elapsed().as_secs_f64();
-    Ok((n_tokens > 0).then(|| f64::from(n_tokens) / seconds.max(1e-9)))
+/// What was done, in tokens or bytes, and how long it took.
+#[derive(Default)]
+struct Spent {
+    amount: f64,
+    time: Duration,
+}
+
+impl Spent {
+    fn add(&mut self, amount: f64, time: Duration) {
+        self.amount += amount;
+        self.time += time;
+    }
+
+    /// Times work on so many tokens.
+    fn on(&mut self, n_tokens: u32, work: impl FnOnce() -> Result<()>) -> Result<()> {
+        let started = Instant::now();
+        work()?;
+        self.add(n_tokens.into(), started.elapsed());
+        Ok(())
+    }
+
+    /// Amount per second; nothing done is no figure.
+    fn rate(&self) -> Option<f64> {
+        (self.amount > 0.0).then(|| self.amount / self.time.as_secs_f64().max(1e-9))
+    }
 }
 
 /// The middle one, of an even number the mean of the middle two; none if nothing was measured.

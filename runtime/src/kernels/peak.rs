@@ -29,16 +29,14 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// Measures for some seconds. `read_bytes` is the size of what is read: [`READ_BYTES`], or less where memory is
-    /// short. Errors: `Limit` if there is no such memory.
-    pub fn measure(isa: Isa, n_threads: usize, read_bytes: usize) -> Result<Self> {
-        let mut pool = Pool::new(n_threads);
+    /// Measures for some seconds, with the threads of `reading`.
+    pub fn measure(isa: Isa, reading: &mut Reading) -> Self {
         let loops = Loops::of(isa);
-        Ok(Self {
-            read_bytes_s: read_bytes_s(&mut pool, &touched(read_bytes)?),
-            int8_mac_s: loops.int8.mac_s(&mut pool),
-            f32_mac_s: loops.f32.mac_s(&mut pool),
-        })
+        Self {
+            read_bytes_s: reading.best_bytes_s(),
+            int8_mac_s: loops.int8.mac_s(&mut reading.pool),
+            f32_mac_s: loops.f32.mac_s(&mut reading.pool),
+        }
     }
 }
 
@@ -310,25 +308,69 @@ mod neon {
 /// A line of memory on most machines.
 type Line = [u8; 64];
 
-/// Bytes per second that all workers read together, each its own part of `buffer`, in as many streams as serve best.
-fn read_bytes_s(pool: &mut Pool, buffer: &[u8]) -> f64 {
+/// Threads that read a buffer together, each its own part.
+pub struct Reading {
+    pool: Pool,
+    buffer: MmapMut,
+    /// The best number of streams so far.
+    sum_lines: fn(&[Line]) -> u64,
+    /// The part that [`Self::go_on`] reads next.
+    next: usize,
+}
+
+impl Reading {
+    /// Parts of the buffer that [`Self::go_on`] reads one after the other.
+    const PARTS: usize = 4;
+
+    /// Reads `n_bytes`: [`READ_BYTES`], or less where memory is short. Errors: `Limit` if there is no such memory.
+    pub fn new(n_threads: usize, n_bytes: usize) -> Result<Self> {
+        let (pool, buffer) = (Pool::new(n_threads), touched(n_bytes)?);
+        Ok(Self { pool, buffer, sum_lines: sum_lines::<1>, next: 0 })
+    }
+
+    /// Bytes of the buffer, all of which lie in memory.
+    pub fn n_bytes(&self) -> usize {
+        self.buffer.len()
+    }
+
+    /// Bytes per second at best, in as many streams as serve best.
+    fn best_bytes_s(&mut self) -> f64 {
+        let mut best = (Duration::MAX, self.sum_lines);
+        for sum_lines in [sum_lines::<1>, sum_lines::<2>, sum_lines::<4>, sum_lines::<8>] {
+            for _ in 0..RUNS.div_ceil(2) {
+                let (_, time) = read(&mut self.pool, &self.buffer, sum_lines);
+                best = if time < best.0 { (time, sum_lines) } else { best };
+            }
+        }
+        self.sum_lines = best.1;
+        self.buffer.len() as f64 / best.0.as_secs_f64().max(1e-9)
+    }
+
+    /// Reads a part that no cache has kept, and returns its bytes and the time. Called now and then beside other work,
+    /// this says how fast memory is meanwhile: where a machine is shared, that changes from second to second.
+    pub fn go_on(&mut self) -> (usize, Duration) {
+        let part_bytes = (self.buffer.len() / Self::PARTS).next_multiple_of(64);
+        let parts: Vec<&[u8]> = self.buffer.chunks(part_bytes).collect();
+        self.next = (self.next + 1) % parts.len().max(1);
+        let part = parts.get(self.next).copied().unwrap_or_default();
+        read(&mut self.pool, part, self.sum_lines)
+    }
+}
+
+/// All workers read a buffer, whose bytes are all 1. Returns what they read and the time.
+fn read(pool: &mut Pool, buffer: &[u8], sum_lines: fn(&[Line]) -> u64) -> (usize, Duration) {
     let (lines, _) = buffer.as_chunks::<64>();
     let n_workers = pool.n_workers();
-    let expected = sum_lines::<1>(lines);
-    let mut best = Duration::MAX;
-    for sum_lines in [sum_lines::<1>, sum_lines::<2>, sum_lines::<4>, sum_lines::<8>] {
-        for _ in 0..RUNS.div_ceil(2) {
-            let sum = AtomicU64::new(0);
-            let started = Instant::now();
-            pool.run(|w| {
-                let part = &lines[lines.len() * w / n_workers..lines.len() * (w + 1) / n_workers];
-                sum.fetch_add(sum_lines(part), Ordering::Relaxed);
-            });
-            best = best.min(started.elapsed());
-            assert!(sum.into_inner() == expected, "every line is read once");
-        }
-    }
-    size_of_val(lines) as f64 / best.as_secs_f64().max(1e-9)
+    let sum = AtomicU64::new(0);
+    let started = Instant::now();
+    pool.run(|w| {
+        let part = &lines[lines.len() * w / n_workers..lines.len() * (w + 1) / n_workers];
+        sum.fetch_add(sum_lines(part), Ordering::Relaxed);
+    });
+    let time = started.elapsed();
+    let words = 8 * lines.len() as u64;
+    assert!(sum.into_inner() == words.wrapping_mul(u64::from_ne_bytes([1; 8])), "every line is read once");
+    (size_of_val(lines), time)
 }
 
 /// The sum of all 8-byte words (wrapping), read in `S` streams.
@@ -360,7 +402,8 @@ mod tests {
         // The loops check their results themselves.
         for isa in Isa::all_supported() {
             for n_threads in [1, 2] {
-                let limits = Limits::measure(isa, n_threads, 1 << 20).unwrap();
+                let mut reading = Reading::new(n_threads, 1 << 20).unwrap();
+                let limits = Limits::measure(isa, &mut reading);
                 let all = [limits.read_bytes_s, limits.int8_mac_s, limits.f32_mac_s];
                 assert!(all.into_iter().all(|x| x.is_finite() && x > 1e6), "{isa:?} {n_threads}: {limits:?}");
             }
@@ -369,8 +412,17 @@ mod tests {
 
     #[test]
     fn memory_that_is_not_there_is_an_error() {
-        let error = Limits::measure(Isa::Scalar, 1, usize::MAX / 2).unwrap_err();
+        let error = Reading::new(1, usize::MAX / 2).map(|_| ()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Limit, "{error}");
+    }
+
+    #[test]
+    fn parts_are_the_whole_buffer() {
+        let mut reading = Reading::new(2, (1 << 20) + 64).unwrap();
+        let parts = [(); 8].map(|()| reading.go_on().0);
+        assert_eq!(parts[..4].iter().sum::<usize>(), reading.n_bytes());
+        assert_eq!(parts[..4], parts[4..]);
+        assert_eq!(Reading::new(1, 64).unwrap().go_on().0, 64);
     }
 
     #[test]
