@@ -137,6 +137,9 @@ impl Sweep for Amx {
         let n_groups = job.acts.n_groups();
         for g in (0..n_groups).step_by(2) {
             for r in (0..n_rows).step_by(LANES) {
+                if g == 0 {
+                    panel.fetch_next(r..r + LANES);
+                }
                 match n_groups - g {
                     1 => rows::<F, 1>(panel, &[job.acts.group(g)], r, g, k0, n),
                     _ => rows::<F, 2>(panel, &[job.acts.group(g), job.acts.group(g + 1)], r, g, k0, n),

@@ -17,6 +17,7 @@ use crate::kernels::memory::LANES;
 use std::arch::x86_64::*;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
 /// Bytes from a row of codes to the next: rows of 256 alone would share their cache sets.
 pub(super) const STRIDE: usize = PANEL_COLS + 64;
@@ -37,6 +38,8 @@ pub(super) struct Panel {
     pub sums: *mut f32,
     /// Tiles of integer products on their way from AMX to f32.
     pub tiles: *mut i32,
+    /// Where the same columns of the rows after the panel's begin, bytes from row to row, and lines of each.
+    next: (*const u8, usize, usize),
 }
 
 impl Panel {
@@ -51,6 +54,21 @@ impl Panel {
             offsets: offsets.as_mut_ptr(),
             sums: scratch.sums.as_mut_ptr(),
             tiles: scratch.tiles.as_mut_ptr(),
+            next: (std::ptr::null(), 0, 0),
+        }
+    }
+
+    /// Fetches what these rows of the next panel with the same columns will be expanded from. A few rows at a time between
+    /// the products: a panel's at once would fill the buffers for misses and hold up everything behind them.
+    #[inline(always)]
+    pub fn fetch_next(&self, rows: Range<usize>) {
+        let (first, row_bytes, n_lines) = self.next;
+        for r in rows {
+            let row = first.wrapping_add(r * row_bytes);
+            for line in 0..n_lines {
+                // SAFETY: SSE is part of x86-64; a prefetch accesses nothing that a program can see.
+                unsafe { _mm_prefetch::<_MM_HINT_T1>(row.wrapping_add(64 * line).cast()) };
+            }
         }
     }
 
@@ -189,6 +207,8 @@ unsafe fn put_scaled<F: Large>(to: *mut f32, x: __m128i, d: f32) {
 /// What an instruction set does with a panel.
 pub(super) trait Sweep {
     type Lanes: Lanes;
+    /// Whether [`Self::sweep`] calls [`Panel::fetch_next`] for all rows. Else it is done while a panel is expanded.
+    const FETCHES_NEXT: bool = true;
     /// What expansion takes off a code that has `bias`; the rest is left to the products.
     fn taken_off(bias: u8) -> u8;
     /// Arranges `n_rows` rows, which were expanded, for [`Self::sweep`].
@@ -213,10 +233,13 @@ pub(super) unsafe fn product<F: Format, S: Sweep>(job: &Job<'_>, scratch: &mut S
         let n_rows = PANEL_ROWS.min(job.rows.end - row0);
         let rows = job.weights.bytes[row0 * row_bytes..][..n_rows * row_bytes].as_ptr();
         scratch.sums[..n_groups * PANEL_ROWS * LANES].fill(0.0);
-        let panel = Panel::new(scratch);
+        let mut panel = Panel::new(scratch);
         for k0 in (0..job.weights.cols).step_by(PANEL_COLS) {
             let n = PANEL_COLS.min(job.weights.cols - k0);
-            fill::<F, S>(&panel, rows.add(k0 / F::BLOCK * F::BYTES), row_bytes, n_rows, n);
+            let blocks = rows.add(k0 / F::BLOCK * F::BYTES);
+            let n_lines = (n / F::BLOCK * F::BYTES).div_ceil(64);
+            panel.next = (blocks.wrapping_add(n_rows * row_bytes), row_bytes, n_lines);
+            fill::<F, S>(&panel, blocks, row_bytes, n_rows, n);
             S::arrange(&panel, n_rows);
             S::sweep::<F>(&panel, job, n_rows, k0, n);
         }
@@ -250,9 +273,8 @@ unsafe fn fill<F: Format, S: Sweep>(
     }
     for r in 0..n_rows {
         let blocks = blocks.add(r * row_bytes);
-        // The same columns of the next rows are fetched while these are multiplied.
-        for line in 0..(n / F::BLOCK * F::BYTES).div_ceil(64) {
-            _mm_prefetch::<_MM_HINT_T1>(blocks.wrapping_add(n_rows * row_bytes + 64 * line).cast());
+        if !S::FETCHES_NEXT {
+            panel.fetch_next(r..r + 1);
         }
         F::expand::<S>(prepared[r / FOUR].as_ptr(), r % FOUR, blocks, n, panel.row(r));
     }

@@ -80,6 +80,9 @@ unsafe fn groups<F: Format, const R: usize, const G: usize>(
 ) {
     let acts = each!([job.acts.group(g); G], i => job.acts.group(g + i));
     for r in (0..n_rows).step_by(R) {
+        if g == 0 {
+            panel.fetch_next(r..r + R);
+        }
         tile::<F, R, G>(panel, &acts, r, g, k0, n);
     }
 }
@@ -284,7 +287,9 @@ unsafe fn both(x: *const f32) -> __m512 {
 #[inline(always)]
 unsafe fn pairs<F: Format>(panel: &Panel, acts: &Group<'_>, r: usize, k0: usize, n: usize) {
     let mut floats = [_mm512_setzero_ps(); PAIRS];
-    for sub in 0..n / F::SUB {
+    let n_subs = n / F::SUB;
+    for sub in 0..n_subs {
+        panel.fetch_next(r + 2 * PAIRS * sub / n_subs..r + 2 * PAIRS * (sub + 1) / n_subs);
         let at = k0 + sub * F::SUB;
         let sums = twice(sums_of::<F>(acts, at / F::SUB));
         let x_scales = twice(acts.scales[at / F::BLOCK * LANES..][..LANES].as_ptr().cast());
