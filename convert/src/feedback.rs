@@ -6,7 +6,7 @@ use kestrel_formats::calibration::Calibration;
 use kestrel_formats::{Error, ErrorKind, Result};
 use kestrel_quant::feedback::Feedback;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// For every tensor of a plan.
 pub(crate) struct Feedbacks<'a> {
@@ -14,6 +14,9 @@ pub(crate) struct Feedbacks<'a> {
     calibration: Option<&'a Calibration>,
     sweeps: usize,
     slots: Vec<Slot>,
+    /// Those of tensors that are done. Their memory is used again: given back by the thread that happens to be the last, it
+    /// would stay with that thread, tens of MiB for each of many.
+    spare: Mutex<Vec<Feedback>>,
 }
 
 struct Slot {
@@ -27,7 +30,13 @@ impl<'a> Feedbacks<'a> {
         let rows = |shape: &[u64]| shape.iter().rev().skip(1).product::<u64>();
         let slot = |rows_left: u64| Slot { feedback: Mutex::new(None), rows_left: AtomicU64::new(rows_left) };
         let slots = plan.tensors.iter().map(|t| slot(rows(&t.shape))).collect();
-        Self { plan, calibration: options.calibration.as_ref(), sweeps: options.sweeps, slots }
+        Self {
+            plan,
+            calibration: options.calibration.as_ref(),
+            sweeps: options.sweeps,
+            slots,
+            spare: Mutex::default(),
+        }
     }
 
     /// Of this tensor, if the plan says that it has some. Errors: `Inconsistent` if its products are not those of
@@ -35,12 +44,13 @@ impl<'a> Feedbacks<'a> {
     pub(crate) fn of(&self, tensor: usize) -> Result<Option<Arc<Feedback>>> {
         let planned = &self.plan.tensors[tensor];
         let Some(calibration) = self.calibration.filter(|_| planned.fed) else { return Ok(None) };
-        let mut slot = self.slots[tensor].feedback.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut slot = lock(&self.slots[tensor].feedback);
         if slot.is_none() {
-            let products = calibration.products(&planned.name);
-            let feedback = products.and_then(|(products, group)| Feedback::new(products, group));
-            let feedback = feedback.map(|f| f.with_sweeps(self.sweeps));
-            *slot = Some(Arc::new(feedback.ok_or_else(|| {
+            let prepared = calibration.products(&planned.name).and_then(|products| {
+                let mut feedback = self.spare(products.means.len()).with_sweeps(self.sweeps);
+                feedback.renew(&products).then_some(feedback)
+            });
+            *slot = Some(Arc::new(prepared.ok_or_else(|| {
                 Error::new(ErrorKind::Inconsistent)
                     .file(calibration.path())
                     .what(format!("products of \"{}\"", planned.name))
@@ -51,11 +61,25 @@ impl<'a> Feedbacks<'a> {
         Ok(slot.clone())
     }
 
+    /// One that has room for these, and for not much more; or a new one.
+    fn spare(&self, n_products: usize) -> Feedback {
+        let mut spare = lock(&self.spare);
+        let fits = |f: &Feedback| (n_products..=2 * n_products).contains(&f.capacity());
+        let found = spare.iter().position(fits);
+        found.map(|i| spare.swap_remove(i)).unwrap_or_default()
+    }
+
     /// A piece is quantized.
     pub(crate) fn done(&self, piece: &Piece) {
         let slot = &self.slots[piece.tensor];
         if slot.rows_left.fetch_sub(piece.rows, Ordering::Relaxed) == piece.rows {
-            *slot.feedback.lock().unwrap_or_else(PoisonError::into_inner) = None;
+            // Nobody else has it: whoever did has said that their piece is done.
+            let last = lock(&slot.feedback).take().and_then(Arc::into_inner);
+            lock(&self.spare).extend(last);
         }
     }
+}
+
+fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
+    of.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -3,7 +3,7 @@
 use crate::input::{Input, Source};
 use crate::metadata;
 use kestrel_formats::arch::Storage;
-use kestrel_formats::calibration::Calibration;
+use kestrel_formats::calibration::{Calibration, InputProducts};
 use kestrel_formats::gguf::{TensorDecl, Value, layout};
 use kestrel_formats::imatrix::Imatrix;
 use kestrel_formats::{Error, ErrorKind, GgmlType, Result, WeightType};
@@ -305,13 +305,13 @@ pub(crate) fn importance<'a>(options: &'a Options, name: &str, cols: u64) -> Res
 /// Whether a tensor is quantized with error feedback: the calibration has its inputs, in groups of whole blocks.
 fn feeds(options: &Options, name: &str, cols: u64, dtype: GgmlType) -> Result<bool> {
     let Some(calibration) = &options.calibration else { return Ok(false) };
-    let Some((products, group)) = calibration.products(name) else { return Ok(false) };
-    if (products.len() / group) as u64 != cols {
+    let Some(InputProducts { means, group, .. }) = calibration.products(name) else { return Ok(false) };
+    if (means.len() / group) as u64 != cols {
         return Err(Error::new(ErrorKind::Inconsistent)
             .file(calibration.path())
             .what(format!("entry \"{name}\""))
             .expected(format!("{cols} columns, as the tensor has"))
-            .found(products.len() / group)
+            .found(means.len() / group)
             .hint("the calibration belongs to another model"));
     }
     Ok(taken(dtype).is_some() && group.is_multiple_of(dtype.block_len()))

@@ -57,6 +57,17 @@ pub struct CalibrationSource {
     pub types: Vec<GgmlType>,
 }
 
+/// What the inputs of a matrix are like.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct InputProducts<'a> {
+    /// Mean products of the inputs, (cols / group, group, group).
+    pub means: &'a [f32],
+    /// Columns of a group.
+    pub group: usize,
+    /// How many inputs these are the means of, positive.
+    pub count: f32,
+}
+
 /// A calibration file, mapped.
 pub struct Calibration {
     file: Gguf,
@@ -147,13 +158,12 @@ impl Calibration {
         self.file.metadata().str(DATASET).ok().flatten()
     }
 
-    /// Products of the inputs of the matrix with this GGUF name, (cols / group, group, group), and `group`; `None` if
-    /// they were not measured.
-    pub fn products(&self, gguf_name: &str) -> Option<(&[f32], usize)> {
+    /// Of the inputs of the matrix with this GGUF name; `None` if they were not measured.
+    pub fn products(&self, gguf_name: &str) -> Option<InputProducts<'_>> {
         let tensor = self.file.tensor(&format!("{gguf_name}{PRODUCTS}"))?;
-        let measured = self.floats(gguf_name, COUNT)?.first().is_some_and(|&n| n > 0.0);
+        let count = self.floats(gguf_name, COUNT)?.first().copied().filter(|&n| n > 0.0)?;
         let group = *tensor.info.shape.last()? as usize;
-        measured.then(|| Some((self.floats(gguf_name, PRODUCTS)?, group)))?
+        Some(InputProducts { means: self.floats(gguf_name, PRODUCTS)?, group, count })
     }
 
     /// Mean KL divergence of the model with only this matrix in each of these types; `None` if not measured.
@@ -377,7 +387,7 @@ mod tests {
         writer.finish().unwrap();
         let read = Calibration::open(&target).unwrap();
         assert!(read.file.warnings().is_empty(), "nothing follows the last tensor");
-        assert_eq!(read.products("a"), Some((&products[..], 2)));
+        assert_eq!(read.products("a"), Some(InputProducts { means: &products, group: 2, count: 7.0 }));
         assert_eq!(read.products("embd"), None);
         assert_eq!(read.divergence("a").unwrap().collect::<Vec<_>>(), [(GgmlType::Q4K, 0.25)]);
         assert_eq!(read.matrices().collect::<Vec<_>>(), ["a", "embd"]);

@@ -71,8 +71,8 @@ pub fn allocate(matrices: &[Vec<Choice>], goal: Goal) -> Option<Vec<usize>> {
             for (i, choice) in choices.iter().enumerate() {
                 let c = of(choice);
                 let sum = State { cost: state.cost + c.cost, value: state.value + c.value };
-                // Also keeps infinities and what is not a number out.
-                if !(sum.cost + rest <= most) || !sum.value.is_finite() {
+                let fits = sum.cost + rest <= most; // and is a number
+                if !fits || !sum.value.is_finite() {
                     continue;
                 }
                 let to = part(sum.cost);

@@ -186,8 +186,8 @@ impl Work<'_> {
         let base = self.set_base_aside(model)?;
         for (role, layer, m) in missing {
             self.check_interrupt()?;
-            let feedback = so_far.products(&m.name).map(|(products, group)| {
-                Feedback::new(products, group).ok_or_else(|| {
+            let feedback = so_far.products(&m.name).map(|products| {
+                Feedback::new(&products).ok_or_else(|| {
                     Error::new(ErrorKind::Inconsistent)
                         .file(so_far.path())
                         .what(format!("products of \"{}\"", m.name))
