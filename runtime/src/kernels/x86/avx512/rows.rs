@@ -11,7 +11,7 @@
 
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for the instruction set and for `Matmul`'s contract alone
 
-use super::scales;
+use super::scales::RowScales;
 use super::wide::{Four, Head, Wide, X};
 use crate::kernels::matmul::{INT_PANEL_TOKENS, Job, Scratch};
 use crate::kernels::memory::LANES;
@@ -172,11 +172,13 @@ impl<F: Four> Few for Small<F> {
         let (p, n_blocks) = (job.weights.row_of(row, 32, F::BYTES), job.weights.cols / 32);
         let tokens = each!([self.tokens[0]; T], i => self.tokens[t + i]);
         let mut sums = [SmallSums { products: _mm512_setzero_ps(), offsets: _mm_setzero_ps() }; T];
+        let scales = F::BESIDE.then(|| RowScales::of(&job.weights, row));
         for b in (0..n_blocks).step_by(LANES) {
             let n = LANES.min(n_blocks - b);
-            match F::BESIDE {
-                true => beside_blocks::<F, T>(job, row, &tokens, b, n, &mut sums),
-                false => small_blocks::<F, T>(p.add(b * F::BYTES), &tokens, b, n, &mut sums),
+            let p = p.add(b * F::BYTES);
+            match &scales {
+                Some(scales) => beside_blocks::<F, T>(p, scales, &tokens, b, n, &mut sums),
+                None => small_blocks::<F, T>(p, &tokens, b, n, &mut sums),
             }
         }
         for i in 0..T {
@@ -242,15 +244,14 @@ unsafe fn small_blocks<F: Four, const T: usize>(
 /// The same of a row whose scales lie beside it; `n` is a multiple of 4.
 #[inline(always)]
 unsafe fn beside_blocks<F: Four, const T: usize>(
-    job: &Job<'_>,
-    row: usize,
+    p: *const u8,
+    scales: &RowScales<'_>,
     x: &[Token; T],
     b: usize,
     n: usize,
     sums: &mut [SmallSums; T],
 ) {
-    let p = job.weights.row_of(row, 32, F::BYTES).add(b * F::BYTES);
-    let d = scales::sixteen(&job.weights, row, b, n);
+    let d = scales.sixteen(b, n);
     let mask = ((1u32 << n) - 1) as __mmask16;
     let factors = each!([d; T], i => _mm512_mul_ps(d, _mm512_maskz_loadu_ps(mask, x[i].scales.add(b))));
     for j in (0..n).step_by(FOUR) {
