@@ -49,7 +49,7 @@ impl<'a> RowScales<'a> {
     #[inline(always)]
     pub unsafe fn sixteen(&self, b: usize, n: usize) -> __m512 {
         if let Some(plain) = self.plain {
-            let of = &plain[32 * b >> self.shift..][..(32 * n).div_ceil(1 << self.shift)];
+            let of = &plain[(32 * b) >> self.shift..][..(32 * n).div_ceil(1 << self.shift)];
             return _mm512_permutexvar_ps(self.which, rounded(of));
         }
         let at = self.first + 32 * b;
