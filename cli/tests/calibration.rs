@@ -113,10 +113,17 @@ fn a_calibrated_file_has_its_size_and_diverges_by_six_tenths() {
     dir.ok("quantize base.gguf -o bpw.gguf --calibration c.gguf --target-bpw 5.0");
     let wanted = 5.0 * 6_200_064.0 / 8.0;
     assert!((0.99 * wanted..=wanted).contains(&(dir.n_bytes("bpw.gguf") as f64)));
-    let plan = dir.ok("quantize base.gguf --dry-run --calibration c.gguf --target-kl 0.01");
-    let predicted = plan.lines().last().unwrap().rsplit(' ').next().unwrap().parse::<f64>().unwrap();
+    let planned = |options: &str| {
+        let plan = dir.ok(&format!("quantize base.gguf --dry-run --calibration c.gguf {options}"));
+        let predicted = plan.lines().last().unwrap().rsplit(' ').next().unwrap().parse::<f64>().unwrap();
+        (plan, predicted)
+    };
+    let (plan, predicted) = planned("--target-kl 0.01");
     // Types are chosen in steps, of which the large matrices' are coarse.
-    assert!((0.005..=0.01).contains(&predicted), "{plan}");
+    assert!((0.0095..=0.01).contains(&predicted), "{plan}");
+    // What the user's own types cost is part of it.
+    let (with_type, predicted) = planned("--target-kl 0.01 --tensor-type ssm_in=q4_k");
+    assert!(with_type.contains("Q4_K") && (0.0095..=0.01).contains(&predicted), "{with_type}");
     // Written, each is about as far off as predicted, and says on a terminal what it will be.
     let done = dir.kestrel("quantize base.gguf -o kl.gguf --calibration c.gguf --target-kl 0.01 --verbose");
     let stderr = String::from_utf8_lossy(&done.stderr);

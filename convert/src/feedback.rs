@@ -72,7 +72,7 @@ impl<'a> Feedbacks<'a> {
     /// A piece is quantized.
     pub(crate) fn done(&self, piece: &Piece) {
         let slot = &self.slots[piece.tensor];
-        if slot.rows_left.fetch_sub(piece.rows, Ordering::Relaxed) == piece.rows {
+        if slot.rows_left.fetch_sub(piece.rows, Ordering::AcqRel) == piece.rows {
             // Nobody else has it: whoever did has said that their piece is done.
             let last = lock(&slot.feedback).take().and_then(Arc::into_inner);
             lock(&self.spare).extend(last);

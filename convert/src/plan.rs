@@ -124,14 +124,18 @@ pub fn plan(source: &Source, options: &Options) -> Result<Plan> {
         Target::Kl(kl) => (u64::MAX, Goal::Kl(kl)),
     };
     let (names, choices) = choices(&input, options, &planned)?;
+    // Of types that were asked for by name.
+    let fixed_kl: f64 =
+        planned.tensors.iter().filter(|t| !names.contains(&t.name)).filter_map(|t| t.kl).sum();
     let chosen: u64 = planned.tensors.iter().filter(|t| names.contains(&t.name)).map(|t| t.n_bytes).sum();
     let mut rest = planned.file_bytes - chosen; // header, and tensors that are not chosen for
     loop {
         let goal = match goal {
             Goal::Bytes(n) => Goal::Bytes(n.saturating_sub(rest)),
-            kl => kl,
+            Goal::Kl(kl) => Goal::Kl(kl - fixed_kl),
         };
-        let picked = allocate(&choices, goal).ok_or_else(|| out_of_reach(target, &choices, rest, bits))?;
+        let picked =
+            allocate(&choices, goal).ok_or_else(|| out_of_reach(target, &choices, (rest, fixed_kl), bits))?;
         let types =
             names.iter().zip(choices.iter().zip(picked)).map(|(n, (c, i))| (n.clone(), c[i].ty)).collect();
         let planned = with_types(source, &input, options, &types)?;
@@ -225,9 +229,10 @@ fn choices(input: &Input, options: &Options, planned: &Planned) -> Result<(Vec<S
 }
 
 /// Says how far types can go.
-fn out_of_reach(target: Target, choices: &[Vec<Choice>], rest: u64, bits: f64) -> Error {
+fn out_of_reach(target: Target, choices: &[Vec<Choice>], (rest, rest_kl): (u64, f64), bits: f64) -> Error {
     let smallest = choices.iter().filter_map(|c| c.iter().map(|c| c.n_bytes).min()).sum::<u64>() + rest;
     let best = choices.iter().map(|c| c.iter().map(|c| c.kl).fold(f64::INFINITY, f64::min)).sum::<f64>();
+    let best = ((best + rest_kl) * 1e6).ceil() / 1e6;
     let error = |what: &str| Error::new(ErrorKind::Usage).what(what.to_owned());
     match target {
         Target::Bytes(n) => {

@@ -103,6 +103,12 @@ impl Calibration {
             })
         };
         let types = names.iter().flat_map(|n| n.iter()).map(ty).collect::<Result<Vec<_>>>()?;
+        if let Some(i) = (0..types.len()).find(|&i| types[..i].contains(&types[i])) {
+            return Err(Error::new(ErrorKind::Duplicate)
+                .what(format!("key \"{TYPES}\""))
+                .expected("each type once")
+                .found(types[i]));
+        }
         for info in file.tensors() {
             let bad = |kind, expected: String| {
                 let what = format!("tensor \"{}\"", info.name);
@@ -410,6 +416,9 @@ mod tests {
         let f32 = GgmlType::F32;
         assert_eq!(write("none", &[], &[]), Some(ErrorKind::Unexpected));
         assert_eq!(write("empty", &pairs(&source()), &[]), None);
+        let twice =
+            CalibrationSource { types: vec![GgmlType::Q4K, GgmlType::Q6K, GgmlType::Q4K], ..source() };
+        assert_eq!(write("twice", &pairs(&twice), &[]), Some(ErrorKind::Duplicate));
         assert_eq!(
             write("f16", &pairs(&source()), &[tensor("a.kl", GgmlType::F16, &[2])]),
             Some(ErrorKind::WrongType)

@@ -42,8 +42,11 @@ struct State {
 /// matrix has no choice.
 ///
 /// A multiple-choice knapsack: matrix by matrix, the best choices for each part of the goal that they may use up. Costs
-/// are added up as they are, so that nothing is lost to rounding; that choices of one part compete makes the result the
-/// best but for a part of the goal.
+/// are added up as they are, so that nothing is lost to rounding. That choices of one part compete may lose a part of the
+/// goal with each matrix; in practice the result is the best there is.
+///
+/// # Panics
+/// If a matrix has more than 256 choices.
 pub fn allocate(matrices: &[Vec<Choice>], goal: Goal) -> Option<Vec<usize>> {
     let of = |c: &Choice| match goal {
         Goal::Bytes(_) => State { cost: c.n_bytes as f64, value: c.kl },
@@ -53,11 +56,12 @@ pub fn allocate(matrices: &[Vec<Choice>], goal: Goal) -> Option<Vec<usize>> {
         Goal::Bytes(most) => most as f64,
         Goal::Kl(most) => most,
     };
-    let part = |cost: f64| (cost / most * PARTS as f64) as usize;
+    let part = |cost: f64| ((cost / most * PARTS as f64) as usize).min(PARTS);
     let better = |a: State, b: State| (a.value, a.cost) < (b.value, b.cost);
 
     let least = |choices: &Vec<Choice>| choices.iter().map(|c| of(c).cost).reduce(f64::min);
     let least = matrices.iter().map(least).collect::<Option<Vec<f64>>>()?;
+    assert!(matrices.iter().all(|choices| choices.len() <= 256), "more choices than there are types");
     let mut states: Vec<Option<State>> = vec![None; PARTS + 1];
     states[0] = Some(State { cost: 0.0, value: 0.0 });
     let mut steps = Vec::with_capacity(matrices.len());
@@ -65,19 +69,19 @@ pub fn allocate(matrices: &[Vec<Choice>], goal: Goal) -> Option<Vec<usize>> {
         // A state that leaves too little for the matrices to come must not stand in the way of one that does not.
         let rest: f64 = least[m + 1..].iter().sum();
         let mut next: Vec<Option<State>> = vec![None; PARTS + 1];
-        let mut step = vec![(0u32, 0u8); PARTS + 1];
+        let mut step = vec![(0u16, 0u8); PARTS + 1];
         for (from, state) in states.iter().enumerate() {
             let Some(state) = state else { continue };
             for (i, choice) in choices.iter().enumerate() {
                 let c = of(choice);
                 let sum = State { cost: state.cost + c.cost, value: state.value + c.value };
-                let fits = sum.cost + rest <= most; // and is a number
+                let fits = sum.cost + rest <= most * (1.0 + 1e-12); // and is a number; sums round
                 if !fits || !sum.value.is_finite() {
                     continue;
                 }
                 let to = part(sum.cost);
                 if next[to].is_none_or(|there| better(sum, there)) {
-                    (next[to], step[to]) = (Some(sum), (from as u32, i as u8));
+                    (next[to], step[to]) = (Some(sum), (from as u16, i as u8));
                 }
             }
         }
@@ -90,7 +94,7 @@ pub fn allocate(matrices: &[Vec<Choice>], goal: Goal) -> Option<Vec<usize>> {
     for step in steps.iter().rev() {
         let (from, i) = step[at];
         chosen.push(i.into());
-        at = from as usize;
+        at = from.into();
     }
     chosen.reverse();
     Some(chosen)

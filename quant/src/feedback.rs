@@ -25,6 +25,8 @@ const DAMPING: f64 = 0.01;
 /// How many inputs per column weigh as much as the doubt whether columns have anything in common. Half or twice as many make
 /// no difference on the tiny model; without doubt, its Q4_K_M diverges 1.6 times as far when 512 tokens are all there is.
 const DOUBT: f32 = 2.0;
+/// Columns of a group at most, unless asked for.
+const GROUP_USUAL: usize = 1024;
 /// Rows that go together.
 const ROWS: usize = 16;
 /// Sweeps after which hardly any code or scale still changes.
@@ -66,7 +68,7 @@ impl Feedback {
         let n_groups = means.len() / (group * group);
         let diagonal = means.chunks(group * group).flat_map(|h| h.iter().step_by(group + 1));
         let mean = diagonal.map(|&x| f64::from(x)).sum::<f64>() / (n_groups * group).max(1) as f64;
-        if !mean.is_finite() || mean < 0.0 {
+        if !mean.is_finite() || mean < 0.0 || !means.iter().all(|x| x.is_finite()) {
             return false;
         }
         // Inputs that are all zero make every error equal.
@@ -80,11 +82,15 @@ impl Feedback {
         self.importance.resize(n_groups * group, 0.0);
         let groups = self.products.chunks_mut(group * group).zip(means.chunks(group * group));
         let factors = self.factor.chunks_mut(group * group).zip(self.importance.chunks_mut(group));
-        groups.zip(factors).all(|((h, means), (factor, d))| {
+        let prepared = groups.zip(factors).all(|((h, means), (factor, d))| {
             let diagonal = h.iter_mut().step_by(group + 1).zip(means.iter().step_by(group + 1));
             diagonal.for_each(|(x, mean)| *x = mean + damping as f32);
             factorize(h, group, &mut self.scratch, factor, d)
-        })
+        });
+        if group > GROUP_USUAL {
+            self.scratch = Vec::new(); // as large as all the rest
+        }
+        prepared
     }
 
     /// Products that there is room for.
@@ -695,6 +701,7 @@ mod tests {
     #[test]
     fn what_cannot_be_products_is_refused_and_silence_is_not() {
         assert!(Feedback::new(&exact(&[f32::NAN; 4], 2)).is_none());
+        assert!(Feedback::new(&exact(&[1.0, f32::NAN, 0.0, 1.0], 2)).is_none());
         assert!(Feedback::new(&exact(&[1.0, 9.0, 9.0, 1.0], 2)).is_none());
         assert!(Feedback::new(&exact(&[-1.0, 0.0, 0.0, -1.0], 2)).is_none());
         let silent = Feedback::new(&exact(&[0.0; 32 * 32], 32)).unwrap();

@@ -16,7 +16,8 @@ use std::time::{Duration, Instant};
 /// Measure prefill and decode speed beside the machine's own limits
 ///
 /// The limits are the rate of reading memory and the peak rates of the int8 dot product and of f32 multiply-adds, with
-/// the same instruction set and threads. Each figure is the median over the repeats. Tokens are pseudo-random, the same
+/// the same instruction set and threads. Each figure is the median over the repeats, but that of reading between tokens, which
+/// is a mean. Tokens are pseudo-random, the same
 /// in every run.
 #[derive(Args)]
 #[command(after_help = "\
@@ -58,6 +59,9 @@ pub struct BenchArgs {
     #[arg(long)]
     json: bool,
 }
+
+/// Decoding goes on for this long between two readings of memory, which leave it nothing in the caches.
+const BETWEEN: Duration = Duration::from_millis(100);
 
 fn count(least: i64) -> clap::builder::RangedI64ValueParser<u32> {
     clap::value_parser!(u32).range(least..=1 << 20)
@@ -104,7 +108,7 @@ impl Measured {
         let first_token_ms = since_start_ms();
 
         let (isa, threads) = (session.runner().isa(), session.runner().n_threads());
-        let mut reading = Reading::new(threads, read_bytes())?;
+        let mut reading = Reading::new(threads, read_bytes(model.work().weight_bytes))?;
         let limits = steps.step("the machine's limits", || Limits::measure(isa, &mut reading));
         session.reset();
         steps.step(format!("reading {} tokens before", args.depth), || {
@@ -135,7 +139,7 @@ impl Measured {
                 1 => None,
                 n => Some(batch_of(n, &start, Batch::new(&model, &args.model.runner_options(threads))?)?),
             };
-            let mut decode = Spent::default();
+            let (mut decode, mut read_at) = (Spent::default(), Duration::ZERO);
             steps.step("writing", || -> Result<()> {
                 for _ in 0..args.n_tokens {
                     let next = tokens.take(args.batch);
@@ -145,8 +149,13 @@ impl Measured {
                         }
                         None => session.prefill(&next),
                     })?;
-                    let (n_bytes, time) = reading.go_on();
-                    run.reading.add(n_bytes as f64, time);
+                    if decode.time - read_at > BETWEEN {
+                        read_at = decode.time;
+                        run.reading.add_read(&mut reading);
+                    }
+                }
+                if args.n_tokens > 0 && run.reading.amount == 0.0 {
+                    run.reading.add_read(&mut reading);
                 }
                 Ok(())
             })?;
@@ -275,10 +284,11 @@ fn table(args: &BenchArgs, runs: &[Measured]) -> String {
     table.to_string()
 }
 
-/// How much memory the rate of reading is measured on: [`READ_BYTES`], or a quarter of what is left if that is less.
-fn read_bytes() -> usize {
+/// How much memory the rate of reading is measured on: [`READ_BYTES`], or a quarter of what is left beside a model of so many
+/// bytes if that is less.
+fn read_bytes(model_bytes: u64) -> usize {
     let available = kib_line("/proc/meminfo", "MemAvailable:").unwrap_or(u64::MAX);
-    (READ_BYTES as u64).min(available / 4) as usize
+    (available.saturating_sub(model_bytes) / 4).clamp(1 << 20, READ_BYTES as u64) as usize
 }
 
 /// So many sequences in the same state.
@@ -300,6 +310,12 @@ impl Spent {
     fn add(&mut self, amount: f64, time: Duration) {
         self.amount += amount;
         self.time += time;
+    }
+
+    /// Reads a part of memory.
+    fn add_read(&mut self, reading: &mut Reading) {
+        let (n_bytes, time) = reading.go_on();
+        self.add(n_bytes as f64, time);
     }
 
     /// Times work on so many tokens.

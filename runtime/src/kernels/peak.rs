@@ -349,7 +349,7 @@ impl Reading {
     /// Reads a part that no cache has kept, and returns its bytes and the time. Called now and then beside other work,
     /// this says how fast memory is meanwhile: where a machine is shared, that changes from second to second.
     pub fn go_on(&mut self) -> (usize, Duration) {
-        let part_bytes = (self.buffer.len() / Self::PARTS).next_multiple_of(64);
+        let part_bytes = (self.buffer.len() / Self::PARTS).next_multiple_of(64).max(64);
         let parts: Vec<&[u8]> = self.buffer.chunks(part_bytes).collect();
         self.next = (self.next + 1) % parts.len().max(1);
         let part = parts.get(self.next).copied().unwrap_or_default();
