@@ -1,12 +1,12 @@
 //! Error feedback of tensors whose pieces are being quantized: prepared with the first piece, dropped with the last.
 
 use crate::plan::{Options, Plan};
-use crate::stream::Piece;
+use crate::stream::{Piece, lock};
 use kestrel_formats::calibration::Calibration;
 use kestrel_formats::{Error, ErrorKind, Result};
 use kestrel_quant::feedback::Feedback;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 /// For every tensor of a plan.
 pub(crate) struct Feedbacks<'a> {
@@ -78,8 +78,4 @@ impl<'a> Feedbacks<'a> {
             lock(&self.spare).extend(last);
         }
     }
-}
-
-fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
-    of.lock().unwrap_or_else(PoisonError::into_inner)
 }

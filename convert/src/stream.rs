@@ -13,7 +13,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::Builder;
 
 /// Bytes hashed at a time where no piece lies.
@@ -217,7 +217,7 @@ struct Failure {
 
 impl Failure {
     fn set(&self, piece: usize, error: Error) {
-        let mut first = self.first.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut first = lock(&self.first);
         if first.as_ref().is_none_or(|(i, _)| piece < *i) {
             *first = Some((piece, error));
         }
@@ -251,7 +251,12 @@ pub(crate) fn damage_hash(bytes: &[u8]) -> u64 {
 
 /// The next message, or `None` when no sender is left.
 fn take<T>(from: &Mutex<Receiver<T>>) -> Option<T> {
-    from.lock().unwrap_or_else(PoisonError::into_inner).recv().ok()
+    lock(from).recv().ok()
+}
+
+/// What a mutex guards, also after a panic elsewhere, which is raised again by whoever joins that thread.
+pub(crate) fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
+    of.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A thread's result; its panic goes on in the caller.

@@ -26,7 +26,7 @@ const DAMPING: f64 = 0.01;
 /// no difference on the tiny model; without doubt, its Q4_K_M diverges 1.6 times as far when 512 tokens are all there is.
 const DOUBT: f32 = 2.0;
 /// Columns of a group at most, unless asked for.
-const GROUP_USUAL: usize = 1024;
+pub const GROUP_USUAL: usize = 1024;
 /// Rows that go together.
 const ROWS: usize = 16;
 /// Sweeps after which hardly any code or scale still changes.

@@ -202,8 +202,7 @@ def main():
         "prefill_share_of_int8_peak":
             per_token * statistics.median(t["prefill_tok_s"] for t in turns[ours.name])
             / machine_limits["int8_peak_gmac_s"]["median"],
-        "decode_share_of_reading":
-            machine_limits["decode_read_share"]["median"],
+        "decode_share_of_reading": machine_limits["decode_read_share"]["median"],
         "first_token_ms": about["first_token_ms"],
         "process_of_one_token_s": ours.one_token_s(),
         "rss_anon_bytes": about["rss_anon_bytes"],

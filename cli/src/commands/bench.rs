@@ -16,9 +16,8 @@ use std::time::{Duration, Instant};
 /// Measure prefill and decode speed beside the machine's own limits
 ///
 /// The limits are the rate of reading memory and the peak rates of the int8 dot product and of f32 multiply-adds, with
-/// the same instruction set and threads. Each figure is the median over the repeats, but that of reading between tokens, which
-/// is a mean. Tokens are pseudo-random, the same
-/// in every run.
+/// the same instruction set and threads. Each figure is the median over the repeats, but that of reading between tokens,
+/// which is a mean. Tokens are pseudo-random, the same in every run.
 #[derive(Args)]
 #[command(after_help = "\
 Example:

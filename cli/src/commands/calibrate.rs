@@ -9,7 +9,7 @@ use clap::Args;
 use kestrel_formats::arch::{Role, spec};
 use kestrel_formats::calibration::{CalibratedMatrix, CalibrationSource, CalibrationWriter, group_len};
 use kestrel_formats::{Error, ErrorKind, GgmlType, Result};
-use kestrel_quant::feedback::Feedback;
+use kestrel_quant::feedback::{Feedback, GROUP_USUAL};
 use kestrel_runtime::Model;
 use kestrel_runtime::evaluate::{Divergence, log_softmax, scored};
 use kestrel_runtime::observe::ColumnProducts;
@@ -71,7 +71,7 @@ pub struct CalibrateArgs {
     kl_chunks: u32,
 
     /// Columns of a group at most; feedback does not go from one to another
-    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(256..=1 << 15))]
+    #[arg(long, value_name = "N", default_value_t = GROUP_USUAL as u32, value_parser = clap::value_parser!(u32).range(256..=1 << 15))]
     group: u32,
 
     /// Go on from OUT.part, if it is there
