@@ -168,6 +168,30 @@ fn a_calibrated_file_has_its_size_and_diverges_by_six_tenths() {
     }
 }
 
+/// A matrix is tried by reading on from its layer; a file in which it alone is quantized reads everything.
+#[test]
+fn divergences_are_those_of_files_with_one_matrix_quantized() {
+    let dir = Folder::new("one-matrix");
+    std::os::unix::fs::symlink(data("tiny-falcon-mamba"), dir.path("tiny")).unwrap();
+    dir.ok("convert tiny -o base.gguf --type f32");
+    dir.ok(CALIBRATE);
+    dir.ok(
+        "perplexity base.gguf -f calibration.txt --chunks 2 --save-kl-base base.kl --kl-base-f32 --precise",
+    );
+    let json: Json = serde_json::from_str(&dir.ok("inspect c.gguf --sensitivity --json")).unwrap();
+    for name in ["token_embd", "output", "blk.0.ssm_in", "blk.3.ssm_x", "blk.5.ssm_out"] {
+        // Nothing is multiplied by the embedding.
+        let calibration = if name == "token_embd" { "" } else { " --calibration c.gguf" };
+        let only = format!("--type q3_k_m --tensor-type ^{name}=q3_k --tensor-type .=f32{calibration}");
+        dir.ok(&format!("quantize base.gguf -o one.gguf --force {only}"));
+        let (measured, expected) = (
+            json["mean_kl"][format!("{name}.weight")]["Q3_K"].as_f64().unwrap(),
+            dir.kl("one.gguf --precise"),
+        );
+        assert!((measured / expected - 1.0).abs() < 1e-3, "{name}: {measured} instead of {expected}");
+    }
+}
+
 #[test]
 fn an_interrupted_calibration_goes_on() {
     let dir = Folder::new("resumed");

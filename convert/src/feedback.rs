@@ -39,24 +39,20 @@ impl<'a> Feedbacks<'a> {
         }
     }
 
-    /// Of this tensor, if the plan says that it has some. Errors: `Inconsistent` if its products are not those of
-    /// inputs.
+    /// Of this tensor, if the plan says that it has some. Errors: `Missing`, or `Inconsistent` if its
+    /// products are not those of inputs.
     pub(crate) fn of(&self, tensor: usize) -> Result<Option<Arc<Feedback>>> {
         let planned = &self.plan.tensors[tensor];
         let Some(calibration) = self.calibration.filter(|_| planned.fed) else { return Ok(None) };
         let mut slot = lock(&self.slots[tensor].feedback);
         if slot.is_none() {
-            let prepared = calibration.products(&planned.name).and_then(|products| {
-                let mut feedback = self.spare(products.means.len()).with_sweeps(self.sweeps);
-                feedback.renew(&products).then_some(feedback)
-            });
-            *slot = Some(Arc::new(prepared.ok_or_else(|| {
-                Error::new(ErrorKind::Inconsistent)
-                    .file(calibration.path())
-                    .what(format!("products of \"{}\"", planned.name))
-                    .expected("those of the inputs of a matrix")
-                    .found("others: not finite, or not positive definite")
-            })?));
+            let context =
+                |e: Error| e.file(calibration.path()).what(format!("products of \"{}\"", planned.name));
+            let missing = || context(Error::new(ErrorKind::Missing));
+            let products = calibration.products(&planned.name).ok_or_else(missing)?;
+            let mut feedback = self.spare(products.means.len()).with_sweeps(self.sweeps);
+            feedback.renew(&products).map_err(context)?;
+            *slot = Some(Arc::new(feedback));
         }
         Ok(slot.clone())
     }

@@ -13,8 +13,8 @@
 //!
 //! H is kept for columns in groups, products between groups count as zero. Sums are f32 in a fixed order.
 
-use kestrel_formats::GgmlType;
 use kestrel_formats::calibration::InputProducts;
+use kestrel_formats::{Error, ErrorKind, GgmlType, Result};
 
 use crate::codec::steps::{Parts, Taken, taken};
 use crate::codec::{Codec, codec, round_f16};
@@ -48,28 +48,30 @@ pub struct Feedback {
 }
 
 impl Feedback {
-    /// Prepares for inputs with these products; see [`Self::renew`].
-    pub fn new(products: &InputProducts<'_>) -> Option<Self> {
+    /// Prepares for inputs with these products. Errors and panics: as [`Self::renew`].
+    pub fn new(products: &InputProducts<'_>) -> Result<Self> {
         let mut out = Self::default();
-        out.renew(products).then_some(out)
+        out.renew(products)?;
+        Ok(out)
     }
 
     /// Prepares for other inputs, in the memory that is there. What pairs of columns have in common is trusted the less the
     /// fewer inputs there are: off its diagonal, H is multiplied by `count / (count + 2·group)`. Of fewer inputs than
-    /// columns the products are singular, and feedback by them would make a matrix worse than none. False where they are
-    /// not those of any inputs: not finite, or not positive definite even when damped; then nothing may be quantized.
+    /// columns the products are singular, and feedback by them would make a matrix worse than none.
+    ///
+    /// Errors: `Inconsistent` if they are not those of any inputs: not finite, or not positive definite even when damped;
+    /// then nothing may be quantized.
     ///
     /// # Panics
     /// If the products are no whole number of groups.
-    #[must_use]
-    pub fn renew(&mut self, products: &InputProducts<'_>) -> bool {
+    pub fn renew(&mut self, products: &InputProducts<'_>) -> Result<()> {
         let InputProducts { means, group, count } = *products;
         assert!(group > 0 && means.len().is_multiple_of(group * group), "whole groups");
         let n_groups = means.len() / (group * group);
         let diagonal = means.chunks(group * group).flat_map(|h| h.iter().step_by(group + 1));
         let mean = diagonal.map(|&x| f64::from(x)).sum::<f64>() / (n_groups * group).max(1) as f64;
         if !mean.is_finite() || mean < 0.0 || !means.iter().all(|x| x.is_finite()) {
-            return false;
+            return Err(no_inputs());
         }
         // Inputs that are all zero make every error equal.
         let damping = if mean > 0.0 { DAMPING * mean } else { 1.0 };
@@ -90,7 +92,7 @@ impl Feedback {
         if group > GROUP_USUAL {
             self.scratch = Vec::new(); // as large as all the rest
         }
-        prepared
+        if prepared { Ok(()) } else { Err(no_inputs()) }
     }
 
     /// Products that there is room for.
@@ -128,19 +130,19 @@ impl Feedback {
         }
     }
 
-    /// `sum e H e^T` over rows of errors, H with its damping: what quantizing makes small.
-    pub fn output_error(&self, errors: &[f32]) -> f64 {
-        let (n, mut sum) = (self.group, 0.0);
-        for e in errors.chunks(self.cols()) {
-            for (e, h) in e.chunks(n).zip(self.products.chunks(n * n)) {
-                for (e_k, h) in e.iter().zip(h.chunks(n)) {
-                    let dot: f64 = h.iter().zip(e).map(|(h, e)| f64::from(*h) * f64::from(*e)).sum();
-                    sum += f64::from(*e_k) * dot;
-                }
-            }
-        }
+    /// `sum e H e^T` over rows of errors, H with its damping: what quantizing makes small. The same bits for every
+    /// instruction set.
+    pub fn output_error(&self, isa: Isa, errors: &[f32]) -> f64 {
+        let mut sum = 0.0;
+        isa.run(OutputError { feedback: self, errors, sum: &mut sum });
         sum
     }
+}
+
+fn no_inputs() -> Error {
+    Error::new(ErrorKind::Inconsistent)
+        .expected("products of the inputs of a matrix")
+        .found("others: not finite, or not positive definite")
 }
 
 /// Stores I + U and D of `h = (I + U) D (I + U)^T` in `factor` and `d`; false if `h` is not positive definite.
@@ -189,6 +191,29 @@ fn dot(x: &[f32], y: &[f32]) -> f32 {
         }
     }
     lanes.iter().sum::<f32>() + x_rest.iter().zip(y_rest).map(|(x, y)| x * y).sum::<f32>()
+}
+
+/// What [`Feedback::output_error`] does.
+struct OutputError<'a> {
+    feedback: &'a Feedback,
+    errors: &'a [f32],
+    sum: &'a mut f64,
+}
+
+impl Work for OutputError<'_> {
+    #[inline(always)]
+    fn run<const L: usize>(self) {
+        let (n, cols) = (self.feedback.group, self.feedback.cols());
+        for (g, h) in self.feedback.products.chunks(n * n).enumerate() {
+            // A row of H for all rows of errors: H does not stay in a cache.
+            for (k, h) in h.chunks(n).enumerate() {
+                for e in self.errors.chunks(cols) {
+                    let e = &e[g * n..][..n];
+                    *self.sum += f64::from(e[k]) * f64::from(dot(h, e));
+                }
+            }
+        }
+    }
 }
 
 /// A few rows on their way into blocks.
@@ -547,7 +572,7 @@ mod tests {
         let diagonal: Vec<f32> = h.chunks(group).enumerate().map(|(k, row)| row[k % group]).collect();
         for ty in block_types() {
             let feedback = |sweeps| Feedback::new(&exact(&h, group)).unwrap().with_sweeps(sweeps);
-            let error = |bytes: &[u8]| feedback(0).output_error(&errors(ty, &weights, bytes));
+            let error = |bytes: &[u8]| feedback(0).output_error(Isa::best(), &errors(ty, &weights, bytes));
             let mut bytes = bytes_of(ty, weights.len());
             codec(ty).quantize(&weights, Some(&diagonal), &mut bytes);
             let plain = error(&bytes);
@@ -648,7 +673,8 @@ mod tests {
             let rms = (errors(&expected).iter().map(|e| e * e).sum::<f32>() / ours.len() as f32).sqrt();
             let same = ours.iter().zip(&expected).filter(|(a, b)| (*a - *b).abs() < 0.5 * rms).count();
             assert!(same * 10 >= ours.len() * 8, "{ty}: {same} of {}", ours.len());
-            let ratio = feedback.output_error(&errors(&ours)) / feedback.output_error(&errors(&expected));
+            let ratio = feedback.output_error(Isa::best(), &errors(&ours))
+                / feedback.output_error(Isa::best(), &errors(&expected));
             assert!((0.98..1.02).contains(&ratio), "{ty}: {ratio}");
         }
     }
@@ -657,7 +683,7 @@ mod tests {
     fn what_was_prepared_before_leaves_nothing_behind() {
         let mut renewed = Feedback::new(&exact(&products(512, 512), 512)).unwrap();
         let next = products(512, 256);
-        assert!(renewed.renew(&exact(&next, 256)));
+        renewed.renew(&exact(&next, 256)).unwrap();
         let weights = numbers(7, 4 * 512);
         let [a, b] = [&renewed, &Feedback::new(&exact(&next, 256)).unwrap()].map(|feedback| {
             let mut bytes = bytes_of(GgmlType::Q4K, weights.len());
@@ -688,11 +714,11 @@ mod tests {
             let mut bytes = bytes_of(GgmlType::Q4K, weights.len());
             let feedback = Feedback::new(&products).unwrap().with_sweeps(SWEEPS_BEST);
             feedback.quantize_with(Isa::best(), GgmlType::Q4K, &weights, &mut bytes);
-            truth.output_error(&errors(GgmlType::Q4K, &weights, &bytes))
+            truth.output_error(Isa::best(), &errors(GgmlType::Q4K, &weights, &bytes))
         };
         let mut bytes = bytes_of(GgmlType::Q4K, weights.len());
         codec(GgmlType::Q4K).quantize(&weights, None, &mut bytes);
-        let plain = truth.output_error(&errors(GgmlType::Q4K, &weights, &bytes));
+        let plain = truth.output_error(Isa::best(), &errors(GgmlType::Q4K, &weights, &bytes));
         let (doubted, trusted) = (error(few as f32) / plain, error(f32::INFINITY) / plain);
         assert!(doubted < 1.0, "{doubted} times the error of plain rounding");
         assert!(trusted > 1.5, "{trusted} times without a doubt");
@@ -700,10 +726,10 @@ mod tests {
 
     #[test]
     fn what_cannot_be_products_is_refused_and_silence_is_not() {
-        assert!(Feedback::new(&exact(&[f32::NAN; 4], 2)).is_none());
-        assert!(Feedback::new(&exact(&[1.0, f32::NAN, 0.0, 1.0], 2)).is_none());
-        assert!(Feedback::new(&exact(&[1.0, 9.0, 9.0, 1.0], 2)).is_none());
-        assert!(Feedback::new(&exact(&[-1.0, 0.0, 0.0, -1.0], 2)).is_none());
+        assert!(Feedback::new(&exact(&[f32::NAN; 4], 2)).is_err());
+        assert!(Feedback::new(&exact(&[1.0, f32::NAN, 0.0, 1.0], 2)).is_err());
+        assert!(Feedback::new(&exact(&[1.0, 9.0, 9.0, 1.0], 2)).is_err());
+        assert!(Feedback::new(&exact(&[-1.0, 0.0, 0.0, -1.0], 2)).is_err());
         let silent = Feedback::new(&exact(&[0.0; 32 * 32], 32)).unwrap();
         let weights = numbers(2, 32);
         let mut bytes = bytes_of(GgmlType::Q4_0, 32);

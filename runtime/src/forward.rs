@@ -10,6 +10,7 @@ use crate::observe::{Observer, Watch};
 use crate::state::State;
 use kestrel_formats::Result;
 use kestrel_formats::arch::{Arch, Role};
+use std::ops::Range;
 
 /// How to execute a model.
 #[derive(Clone, Debug)]
@@ -206,15 +207,55 @@ impl<'m> Runner<'m> {
         }
     }
 
+    /// The residual stream (tokens, d_model) before the first layer.
+    pub(crate) fn embed(&mut self, tokens: &[u32], x: &mut [f32]) {
+        self.compute.embed(&self.model.token_embd.view(), tokens, x);
+    }
+
+    /// Takes the residual stream `x` (t, d_model) of a sequence from before the first of `layers` to behind the last;
+    /// `state` is advanced in these layers.
+    pub(crate) fn advance(&mut self, state: &mut State, layers: Range<usize>, x: &mut [f32]) {
+        let d_model = self.model.hparams().d_model;
+        for x in x.chunks_mut(self.compute.max_tokens() * d_model) {
+            let n_tokens = x.len() / d_model;
+            self.buffers.x[..x.len()].copy_from_slice(x);
+            self.through(layers.clone(), n_tokens, &[Segment { state, n_tokens }], None);
+            x.copy_from_slice(&self.buffers.x[..x.len()]);
+        }
+    }
+
+    /// `each(i, logits)` for the rows `wanted` of `x` (t, d_model), the residual stream behind the last layer.
+    pub(crate) fn read_out(&mut self, x: &[f32], wanted: Range<usize>, each: &mut dyn FnMut(usize, &[f32])) {
+        let d_model = self.model.hparams().d_model;
+        let (mut first, rows) = (wanted.start, &x[wanted.start * d_model..wanted.end * d_model]);
+        for x in rows.chunks(self.compute.max_tokens() * d_model) {
+            self.buffers.x[..x.len()].copy_from_slice(x);
+            self.logits_of(0..x.len() / d_model, &mut |i, logits| each(first + i, logits));
+            first += x.len() / d_model;
+        }
+    }
+
     /// x := embeddings of `tokens`, through all layers.
-    fn layers(&mut self, segments: &mut [Segment<'_>], tokens: &[u32], mut watch: Option<&mut Watch<'_>>) {
+    fn layers(&mut self, segments: &mut [Segment<'_>], tokens: &[u32], watch: Option<&mut Watch<'_>>) {
         let model = self.model;
         let x = &mut self.buffers.x[..tokens.len() * model.hparams().d_model];
         self.compute.embed(&model.token_embd.view(), tokens, x);
-        for (i, layer) in model.layers.iter().enumerate() {
-            self.layer(i, layer, tokens.len(), segments, watch.as_deref_mut());
-        }
+        self.through(0..model.layers.len(), tokens.len(), segments, watch);
         segments.iter_mut().for_each(|s| s.state.advance(s.n_tokens));
+    }
+
+    /// x := x through some of the layers, for `t` tokens.
+    fn through(
+        &mut self,
+        layers: Range<usize>,
+        t: usize,
+        segments: &[Segment<'_>],
+        mut watch: Option<&mut Watch<'_>>,
+    ) {
+        let model = self.model;
+        for i in layers {
+            self.layer(i, &model.layers[i], t, segments, watch.as_deref_mut());
+        }
     }
 
     /// x := x + mixer(norm(x)) for `t` tokens.

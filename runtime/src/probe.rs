@@ -1,16 +1,20 @@
 //! What becomes of a model when one of its matrices is quantized.
 
+use crate::forward::{Runner, RunnerOptions};
 use crate::matrix::{Bytes, Matrix};
 use crate::model::Model;
+use crate::session::{all_finite, check_tokens, not_finite};
 use kestrel_formats::arch::Role;
 use kestrel_formats::{GgmlType, Result};
 use kestrel_quant::codec::codec;
 use kestrel_quant::feedback::Feedback;
 use kestrel_quant::isa::Isa;
 use rayon::prelude::*;
+use std::ops::Range;
 
-/// Rows quantized at a time.
-const CHUNK_ROWS: usize = 64;
+/// Rows quantized at a time: as few as feedback takes together, since x_proj has hardly more rows than a large machine has
+/// threads.
+const CHUNK_ROWS: usize = 16;
 /// Rows that errors are measured on.
 const SAMPLE_ROWS: usize = 256;
 
@@ -42,14 +46,14 @@ impl Quantizer<'_> {
         Matrix::new(ty, matrix.rows, cols, Bytes::Owned(bytes))
     }
 
-    /// The squared error of the matrix's outputs in this type, summed over a sample of its rows; without feedback that
-    /// of its weights.
-    pub fn error(&self, matrix: &Matrix, ty: GgmlType) -> f64 {
+    /// The squared error of the matrix's outputs in each of the types, summed over a sample of its rows; without feedback
+    /// that of its weights.
+    pub fn errors(&self, matrix: &Matrix, types: &[GgmlType]) -> Vec<f64> {
         let cols = matrix.cols;
-        let row_bytes = cols / ty.block_len() * ty.block_bytes();
         let step = matrix.rows.div_ceil(SAMPLE_ROWS).max(1);
         let sample: Vec<usize> = (0..matrix.rows).step_by(step).collect();
-        let of_rows = |rows: &[usize]| {
+        let of_rows = |ty: GgmlType, rows: &[usize]| {
+            let row_bytes = cols / ty.block_len() * ty.block_bytes();
             let (mut from, mut bytes) = (vec![0.0; rows.len() * cols], vec![0; rows.len() * row_bytes]);
             for (row, to) in rows.iter().zip(from.chunks_mut(cols)) {
                 matrix.view().expand_flat(row * cols, to);
@@ -59,11 +63,64 @@ impl Quantizer<'_> {
             codec(ty).dequantize(&bytes, &mut errors);
             errors.iter_mut().zip(&from).for_each(|(e, w)| *e = w - *e);
             match self.feedback {
-                Some(feedback) => feedback.output_error(&errors),
+                Some(feedback) => feedback.output_error(Isa::best(), &errors),
                 None => errors.iter().map(|&e| f64::from(e) * f64::from(e)).sum(),
             }
         };
-        sample.par_chunks(CHUNK_ROWS / 4).map(of_rows).collect::<Vec<_>>().iter().sum()
+        let of_type = |&ty: &GgmlType| {
+            let parts: Vec<f64> = sample.par_chunks(CHUNK_ROWS).map(|rows| of_rows(ty, rows)).collect();
+            parts.iter().sum()
+        };
+        types.par_iter().map(of_type).collect()
+    }
+}
+
+/// A sequence's residual stream on its way through the layers. While matrices of one layer are tried, what lies before
+/// that layer need not be computed again.
+pub struct Probe<'m> {
+    model: &'m Model,
+    runner: Runner<'m>,
+}
+
+impl<'m> Probe<'m> {
+    /// Errors: an instruction set that this machine lacks.
+    pub fn new(model: &'m Model, options: &RunnerOptions) -> Result<Self> {
+        Ok(Self { model, runner: Runner::new(model, options)? })
+    }
+
+    /// Stores in `x` (t, d_model) what `tokens` are before the first layer. Errors: a token outside the vocabulary.
+    pub fn embed(&mut self, tokens: &[u32], x: &mut Vec<f32>) -> Result<()> {
+        check_tokens(self.model, tokens)?;
+        x.resize(tokens.len() * self.model.hparams().d_model, 0.0);
+        self.runner.embed(tokens, x);
+        Ok(())
+    }
+
+    /// Takes `x` (t, d_model), a whole sequence from its first token on, from before the first of `layers` to behind the
+    /// last.
+    ///
+    /// # Panics
+    /// If the model has no such layers.
+    pub fn advance(&mut self, layers: Range<usize>, x: &mut [f32]) {
+        self.runner.advance(&mut self.model.new_state(), layers, x);
+    }
+
+    /// Calls `each(position, logits)` for the `wanted` positions of `x` (t, d_model), which is behind the last layer.
+    /// Errors: `NotFinite` if the logits hold a NaN or an infinity; `Changed` if the model's file was written to
+    /// meanwhile.
+    pub fn logits(
+        &mut self,
+        x: &[f32],
+        wanted: Range<usize>,
+        mut each: impl FnMut(usize, &[f32]),
+    ) -> Result<()> {
+        let mut finite = true;
+        self.runner.read_out(x, wanted, &mut |i, logits| {
+            finite &= all_finite(logits);
+            each(i, logits);
+        });
+        self.model.check_unmodified()?;
+        if finite { Ok(()) } else { Err(not_finite(self.model)) }
     }
 }
 

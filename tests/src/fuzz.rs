@@ -533,7 +533,7 @@ pub fn calibration(bytes: &[u8]) {
     for products in names.filter_map(|name| calibration.products(name)) {
         let (n, group) = (products.means.len(), products.group);
         assert!(n.is_multiple_of(group * group), "{group} of {n}");
-        let Some(feedback) = Feedback::new(&products) else { continue };
+        let Ok(feedback) = Feedback::new(&products) else { continue };
         let row: Vec<f32> = (0..feedback.cols()).map(|i| (i % 13) as f32 - 6.0).collect();
         for ty in GgmlType::all().filter(|ty| feedback.takes(*ty) && !row.is_empty()) {
             let mut stored = vec![0; ty.bytes_for(row.len() as u64).expect("whole blocks") as usize];

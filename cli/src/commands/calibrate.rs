@@ -10,11 +10,11 @@ use kestrel_formats::arch::{Role, spec};
 use kestrel_formats::calibration::{CalibratedMatrix, CalibrationSource, CalibrationWriter, group_len};
 use kestrel_formats::{Error, ErrorKind, GgmlType, Result};
 use kestrel_quant::feedback::{Feedback, GROUP_USUAL};
-use kestrel_runtime::Model;
 use kestrel_runtime::evaluate::{Divergence, log_softmax, scored};
 use kestrel_runtime::observe::ColumnProducts;
-use kestrel_runtime::probe::Quantizer;
+use kestrel_runtime::probe::{Probe, Quantizer};
 use kestrel_runtime::state::checksum;
+use kestrel_runtime::{Model, RunnerOptions};
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
@@ -39,7 +39,7 @@ const PASS_BYTES: usize = 640 << 20;
 ///
 /// For error feedback, the products of the inputs of every matrix, of columns in groups; the layers are taken in as
 /// many passes over the text as fit in 640 MiB. For --target-size and its kin, the KL divergence of the model with each
-/// matrix in turn quantized; meanwhile OUT.part also holds what the model predicts, 66 MB per window of the 7B. An
+/// matrix in turn quantized; meanwhile OUT.part also holds what the model predicts, 75 MB per window of the 7B. An
 /// interrupted run leaves OUT.part, from which --resume goes on, in either half.
 #[derive(Args)]
 #[command(after_help = "\
@@ -183,96 +183,40 @@ impl Work<'_> {
         let missing: Vec<_> =
             self.matrices.iter().filter(|(_, _, m)| so_far.divergence(&m.name).is_none()).collect();
         let bar = Count::new("matrices", self.matrices.len(), self.matrices.len() - missing.len());
-        let base = self.set_base_aside(model)?;
+        let windows: Vec<_> = self.windows.iter().take(self.args.kl_chunks as usize).collect();
+        let mut base = Base::set_aside(self, model, &windows)?;
         for (role, layer, m) in missing {
             self.check_interrupt()?;
-            let feedback = so_far.products(&m.name).map(|products| {
-                Feedback::new(&products).ok_or_else(|| {
-                    Error::new(ErrorKind::Inconsistent)
-                        .file(so_far.path())
-                        .what(format!("products of \"{}\"", m.name))
-                        .expected("those of some inputs")
-                })
-            });
-            let feedback = feedback.transpose()?;
+            let feedback = so_far.products(&m.name).map(|products| Feedback::new(&products)).transpose();
+            let feedback =
+                feedback.map_err(|e| e.file(so_far.path()).what(format!("products of \"{}\"", m.name)))?;
             let quantizer = Quantizer { feedback: feedback.as_ref() };
             let Some(matrix) = model.matrix(*role, *layer) else { continue };
             let fits = |ty: GgmlType| m.cols.is_multiple_of(ty.block_len());
             let probe = if fits(PROBE) { PROBE } else { GgmlType::Q4_0 };
-            let probe_error = quantizer.error(matrix, probe);
-            let shares: Vec<f64> = TYPES
-                .iter()
-                .map(|&ty| if fits(ty) { quantizer.error(matrix, ty) / probe_error } else { f64::INFINITY })
-                .collect();
+            let tried: Vec<_> = TYPES.into_iter().filter(|&ty| fits(ty)).chain([probe]).collect();
+            let errors = quantizer.errors(matrix, &tried);
+            let probe_error = errors[tried.len() - 1];
             let new = quantizer.requantized(matrix, probe)?;
+            match role {
+                Role::TokenEmbd => base.reach(model, None)?,
+                Role::Output => base.reach(model, Some(model.hparams().n_layer))?,
+                _ => base.reach(model, Some(*layer))?,
+            }
             let old = model.replace_matrix(*role, *layer, new);
-            let kl = self.divergence(model, base);
+            let kl = base.divergence(model);
             model.replace_matrix(*role, *layer, old);
             let kl = kl?;
-            // A matrix that is all zero has no error in any type.
-            let of_share = |share: &f64| if share.is_nan() { 0.0 } else { (kl * share) as f32 };
-            let all: Vec<f32> = shares.iter().map(of_share).collect();
+            let all = TYPES.map(|ty| match tried.iter().position(|&t| t == ty) {
+                None => f32::INFINITY,
+                // A matrix that is all zero has no error in any type.
+                Some(_) if probe_error == 0.0 => 0.0,
+                Some(i) => (kl * (errors[i] / probe_error)) as f32,
+            });
             self.writer.divergence(&m.name, &all)?;
             bar.advance(1, &format!("{} as {probe}: KL {kl:.2e}", m.name));
         }
         Ok(())
-    }
-
-    /// Calls `each` with the logits of the scored positions of the windows that the divergence is measured on, counted,
-    /// and the token that follows.
-    fn logits(&self, model: &Model, mut each: impl FnMut(u64, u32, &[f32]) -> Result<()>) -> Result<()> {
-        let options = self.args.model.runner_options(self.args.model.threads.get());
-        let options = kestrel_runtime::RunnerOptions { precise: true, ..options };
-        let mut session = kestrel_runtime::Session::new(model, &options)?;
-        let (mut position, mut result) = (0, Ok(()));
-        for window in self.windows.iter().take(self.args.kl_chunks as usize) {
-            let scored = scored(window.len());
-            let (unscored, read) = (&window[..scored.start], &window[scored.clone()]);
-            session.reset();
-            session.prefill(unscored)?;
-            session.prefill_with_logits(read, |i, logits| {
-                if result.is_ok() {
-                    result = each(position, window[scored.start + i + 1], logits);
-                }
-                position += 1;
-            })?;
-        }
-        result
-    }
-
-    /// Keeps the base model's log-probabilities of every scored position, rounded to f32. They are set aside on disk: of
-    /// eight windows of the 7B they have 530 MB, half of what the command may take of memory. Returns the bytes of a
-    /// position.
-    fn set_base_aside(&self, model: &Model) -> Result<u64> {
-        let mut log_probs = vec![0.0; model.hparams().vocab_size];
-        let mut bytes = Vec::new();
-        let row_bytes = 4 * log_probs.len() as u64;
-        self.logits(model, |position, _, logits| {
-            log_softmax(logits, &mut log_probs);
-            bytes.clear();
-            bytes.extend(log_probs.iter().flat_map(|&x| (x as f32).to_le_bytes()));
-            self.writer.set_aside(position * row_bytes, &bytes)
-        })?;
-        Ok(row_bytes)
-    }
-
-    /// Mean divergence from the base model, of which a position has `row_bytes`.
-    fn divergence(&self, model: &Model, row_bytes: u64) -> Result<f64> {
-        let mut sum = Divergence::default();
-        let vocab = model.hparams().vocab_size;
-        let (mut p, mut q) = (vec![0.0; vocab], vec![0.0; vocab]);
-        let (mut bytes, mut base) = (vec![0; row_bytes as usize], Vec::with_capacity(vocab));
-        self.logits(model, |position, next, logits| {
-            self.writer.read_aside(position * row_bytes, &mut bytes)?;
-            base.clear();
-            base.extend(bytes.as_chunks().0.iter().map(|word| f32::from_le_bytes(*word)));
-            log_softmax(logits, &mut q);
-            // Normalized again, or the rounding of the base would show.
-            log_softmax(&base, &mut p);
-            sum.add(&p, &q, next);
-            Ok(())
-        })?;
-        Ok(sum.mean_kl().max(0.0))
     }
 
     fn check_interrupt(&self) -> Result<()> {
@@ -282,5 +226,122 @@ impl Work<'_> {
                 .hint("the same command with --resume goes on")),
             false => Ok(()),
         }
+    }
+}
+
+/// What the unchanged model makes of the windows that divergences are measured on. It is set aside on disk: of eight
+/// windows of the 7B that is 600 MB, more than half of what the command may take of memory. For each window, the
+/// log-probabilities (scored, vocab) in f32, then the residual stream (t, d_model) before the layer that is being tried.
+struct Base<'a> {
+    work: &'a Work<'a>,
+    windows: &'a [Vec<u32>],
+    /// The layer that residual streams are before; none before the embedding.
+    layer: Option<usize>,
+    /// A residual stream (t, d_model) at work.
+    x: Vec<f32>,
+    bytes: Vec<u8>,
+}
+
+impl<'a> Base<'a> {
+    /// Reads the windows.
+    fn set_aside(work: &'a Work<'a>, model: &Model, windows: &'a [Vec<u32>]) -> Result<Self> {
+        let mut out = Self { work, windows, layer: None, x: Vec::new(), bytes: Vec::new() };
+        let mut probe = out.probe(model)?;
+        let mut log_probs = vec![0.0; model.hparams().vocab_size];
+        for (w, window) in windows.iter().enumerate() {
+            probe.embed(window, &mut out.x)?;
+            probe.advance(0..model.hparams().n_layer, &mut out.x);
+            let (mut at, mut result) = (out.offset(model, w), Ok(()));
+            probe.logits(&out.x, scored(window.len()), |_, logits| {
+                log_softmax(logits, &mut log_probs);
+                out.bytes.clear();
+                out.bytes.extend(log_probs.iter().flat_map(|&x| (x as f32).to_le_bytes()));
+                if result.is_ok() {
+                    result = work.writer.set_aside(at, &out.bytes);
+                }
+                at += out.bytes.len() as u64;
+            })?;
+            result?;
+        }
+        Ok(out)
+    }
+
+    /// With f32 activations, since the divergence is that of weights.
+    fn probe<'m>(&self, model: &'m Model) -> Result<Probe<'m>> {
+        let args = &self.work.args.model;
+        Probe::new(model, &RunnerOptions { precise: true, ..args.runner_options(args.threads.get()) })
+    }
+
+    /// Where a window's log-probabilities begin.
+    fn offset(&self, model: &Model, window: usize) -> u64 {
+        let (h, n_ctx) = (model.hparams(), self.work.windows.n_ctx);
+        4 * (window * (scored(n_ctx).len() * h.vocab_size + n_ctx * h.d_model)) as u64
+    }
+
+    /// Where its residual stream begins.
+    fn x_offset(&self, model: &Model, window: usize) -> u64 {
+        let scored = scored(self.work.windows.n_ctx).len();
+        self.offset(model, window) + 4 * (scored * model.hparams().vocab_size) as u64
+    }
+
+    /// Takes the residual streams to before this layer, from where they are or else from the embedding.
+    fn reach(&mut self, model: &Model, layer: Option<usize>) -> Result<()> {
+        let Some(to) = layer.filter(|_| layer != self.layer) else {
+            self.layer = layer;
+            return Ok(());
+        };
+        let from = self.layer.filter(|from| *from <= to);
+        let mut probe = self.probe(model)?;
+        for w in 0..self.windows.len() {
+            self.layer = from;
+            self.read(model, &mut probe, w)?;
+            probe.advance(from.unwrap_or(0)..to, &mut self.x);
+            self.bytes.clear();
+            self.bytes.extend(self.x.iter().flat_map(|x| x.to_le_bytes()));
+            self.work.writer.set_aside(self.x_offset(model, w), &self.bytes)?;
+        }
+        self.layer = layer;
+        Ok(())
+    }
+
+    /// A window's residual stream where it is.
+    fn read(&mut self, model: &Model, probe: &mut Probe<'_>, window: usize) -> Result<()> {
+        let tokens = &self.windows[window];
+        if self.layer.is_none() {
+            return probe.embed(tokens, &mut self.x);
+        }
+        self.bytes.resize(4 * tokens.len() * model.hparams().d_model, 0);
+        self.work.writer.read_aside(self.x_offset(model, window), &mut self.bytes)?;
+        self.x.clear();
+        self.x.extend(self.bytes.as_chunks().0.iter().map(|word| f32::from_le_bytes(*word)));
+        Ok(())
+    }
+
+    /// Mean divergence of a model that is another from here on.
+    fn divergence(&mut self, model: &Model) -> Result<f64> {
+        let (n_layer, vocab) = (model.hparams().n_layer, model.hparams().vocab_size);
+        let mut sum = Divergence::default();
+        let (mut p, mut q, mut base) = (vec![0.0; vocab], vec![0.0; vocab], Vec::with_capacity(vocab));
+        let mut probe = self.probe(model)?;
+        for (w, window) in self.windows.iter().enumerate() {
+            self.read(model, &mut probe, w)?;
+            probe.advance(self.layer.unwrap_or(0)..n_layer, &mut self.x);
+            let (mut at, mut result) = (self.offset(model, w), Ok(()));
+            self.bytes.resize(4 * vocab, 0);
+            probe.logits(&self.x, scored(window.len()), |i, logits| {
+                if result.is_ok() {
+                    result = self.work.writer.read_aside(at, &mut self.bytes);
+                }
+                at += self.bytes.len() as u64;
+                base.clear();
+                base.extend(self.bytes.as_chunks().0.iter().map(|word| f32::from_le_bytes(*word)));
+                log_softmax(logits, &mut q);
+                // Normalized again, or the rounding of the base would show.
+                log_softmax(&base, &mut p);
+                sum.add(&p, &q, window[i + 1]);
+            })?;
+            result?;
+        }
+        Ok(sum.mean_kl().max(0.0))
     }
 }
