@@ -124,10 +124,10 @@ impl Matrix {
     pub(crate) fn act_kind(&self, precise: bool) -> ActKind {
         match (self.dtype, &self.scales) {
             (WeightType::Ggml(ty), _) => ActKind::for_weights(ty, precise),
-            (_, Some(scales))
+            (dtype, Some(scales))
                 if !precise && kernels::multiplies_as_q8_0(self.cols, scales.blocksize, scales.largest) =>
             {
-                ActKind::for_weights(GgmlType::Q8_0, false)
+                ActKind::for_weights_of_bnb(dtype)
             }
             _ => ActKind::F32,
         }

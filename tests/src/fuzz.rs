@@ -671,7 +671,7 @@ pub fn dequant(bytes: &[u8]) {
 /// back within half a step.
 pub fn activations(bytes: &[u8]) {
     let Some((&choice, rest)) = bytes.split_first() else { return };
-    let kind = [ActKind::F32, ActKind::Q8x32, ActKind::Q8x256][choice as usize % 3];
+    let kind = [ActKind::F32, ActKind::Q8x32, ActKind::Q8x256, ActKind::Q8x32EvenOdd][choice as usize % 4];
     let cols = (rest.len() / 4 / 256 * 256).min(2048);
     if cols == 0 {
         return;

@@ -353,9 +353,13 @@ fn extreme_codes(isa: Isa) {
 
 /// Codes are within half a step, and equal on every instruction set.
 fn activations(isa: Isa) {
-    for (kind, cols) in
-        [(ActKind::Q8x32, 32), (ActKind::Q8x32, 352), (ActKind::Q8x256, 256), (ActKind::Q8x256, 1280)]
-    {
+    for (kind, cols) in [
+        (ActKind::Q8x32, 32),
+        (ActKind::Q8x32, 352),
+        (ActKind::Q8x32EvenOdd, 352),
+        (ActKind::Q8x256, 256),
+        (ActKind::Q8x256, 1280),
+    ] {
         for scale in [1e-42f32, 1e-30, 1e-3, 1.0, 1e20] {
             let x: Vec<f32> = Random::new(7).floats(5 * cols).iter().map(|x| x * scale).collect();
             let stored = [Isa::Scalar, isa].map(|isa| {

@@ -2,7 +2,7 @@
 
 use super::matmul::INT_PANEL_TOKENS;
 use super::memory::{Aligned, LANES, SharedMut};
-use kestrel_formats::GgmlType;
+use kestrel_formats::{GgmlType, WeightType};
 
 /// How activations are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -11,12 +11,15 @@ pub enum ActKind {
     F32,
     /// int8 with a scale per 32, for weights in blocks of 32.
     Q8x32,
+    /// The same, of each 32 those at even places and then those at odd ones: in this order lie the high and the low halves
+    /// of the bytes of 4-bit weights of bitsandbytes.
+    Q8x32EvenOdd,
     /// int8 with a scale per 256, for weights in blocks of 256.
     Q8x256,
 }
 
 impl ActKind {
-    /// What weights of type `ty` multiply with (`Matrix::act_kind` for those of bitsandbytes); `precise` keeps f32 whatever the weights are.
+    /// What weights of type `ty` multiply with; `precise` keeps f32 whatever the weights are.
     pub fn for_weights(ty: GgmlType, precise: bool) -> Self {
         match ty.block_len() {
             _ if precise => Self::F32,
@@ -26,11 +29,16 @@ impl ActKind {
         }
     }
 
+    /// What weights of bitsandbytes multiply with, when they are multiplied as Q8_0.
+    pub fn for_weights_of_bnb(dtype: WeightType) -> Self {
+        if dtype.code_values().is_some() { Self::Q8x32EvenOdd } else { Self::Q8x32 }
+    }
+
     /// Numbers that share a scale; a range of columns that is quantized by itself is a multiple of this.
     pub fn block_len(self) -> usize {
         match self {
             Self::F32 => 1,
-            Self::Q8x32 => 32,
+            Self::Q8x32 | Self::Q8x32EvenOdd => 32,
             Self::Q8x256 => 256,
         }
     }
@@ -100,7 +108,7 @@ fn place(kind: ActKind, n_tokens: usize, cols: usize, t: usize) -> Place {
 fn sums_len(kind: ActKind, cols: usize) -> usize {
     match kind {
         ActKind::F32 => 0,
-        ActKind::Q8x32 => cols / 32,
+        ActKind::Q8x32 | ActKind::Q8x32EvenOdd => cols / 32,
         ActKind::Q8x256 => cols / 32 + cols / 16 + cols / 256,
     }
 }
@@ -228,7 +236,7 @@ impl Acts {
         }
     }
 
-    /// Codes `col..` of token `t`, one for each number of `to`, however they are stored. `col` and the length are
+    /// Codes `col..` of token `t` in the order of the kind, one for each number of `to`, however they are stored. `col` and the length are
     /// multiples of 4.
     pub(crate) fn copy_codes(&self, t: usize, col: usize, to: &mut [i8]) {
         let at = self.place(t);
@@ -257,6 +265,11 @@ impl Acts {
         }
         let mut codes = vec![0; self.cols];
         self.copy_codes(t, 0, &mut codes);
+        if self.kind == ActKind::Q8x32EvenOdd {
+            for block in codes.as_chunks_mut::<32>().0 {
+                *block = std::array::from_fn(|i| block[i % 2 * LANES + i / 2]);
+            }
+        }
         let scaled = |(i, &q): (usize, &i8)| self.scale(t, i / self.kind.block_len()) * f32::from(q);
         codes.iter().enumerate().map(scaled).collect()
     }
@@ -332,11 +345,21 @@ impl BlockMut<'_> {
     /// See [`Self::put_scale`].
     #[inline(always)]
     pub unsafe fn put_codes(&self, i: usize, codes: &[i8; LANES], sum: i32) {
-        let start = self.at.codes + (self.block * self.len() + i * LANES) / 4 * self.at.quad_stride;
-        for (q, quad) in codes.as_chunks::<4>().0.iter().enumerate() {
-            let start = start + q * self.at.quad_stride;
+        let put = |q: usize, quad: &[i8; 4]| {
+            let start = self.at.codes + (self.block * self.len() / 4 + q) * self.at.quad_stride;
             // SAFETY: the caller's promise.
             unsafe { self.to.codes.part(start..start + 4) }.copy_from_slice(quad);
+        };
+        if self.to.kind == ActKind::Q8x32EvenOdd {
+            let quad = |first: usize| std::array::from_fn(|k| codes[first + 2 * k]);
+            for (half, first) in [0, 8].into_iter().enumerate() {
+                put(2 * i + half, &quad(first));
+                put(4 + 2 * i + half, &quad(first + 1));
+            }
+        } else {
+            for (q, quad) in codes.as_chunks::<4>().0.iter().enumerate() {
+                put(4 * i + q, quad);
+            }
         }
         if self.to.kind == ActKind::Q8x256 {
             // SAFETY: the caller's promise.

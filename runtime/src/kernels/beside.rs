@@ -2,8 +2,9 @@
 //!
 //! With int8 activations the weights are multiplied as Q8_0. Two roundings come in: values to 1/127 of a block's scale,
 //! which adds under 1 % to the variance of NF4's own error, and scales to f16; [`multiplies_as_q8_0`] tells where that
-//! holds. Some rows at a time become Q8_0 blocks in scratch, and the product is Q8_0's; where an instruction set has
-//! [`Kernels::beside_rows`], few tokens are multiplied straight from the codes, to the same bits.
+//! holds. Some rows at a time become Q8_0 blocks in scratch, and the product is Q8_0's. Of the 4-bit types, weights and
+//! activations are in the order of [`super::ActKind::Q8x32EvenOdd`]. Where an instruction set has [`Kernels::beside_rows`],
+//! few tokens are multiplied straight from the codes, to the same bits.
 //!
 //! With f32 activations the weights are exactly what the library dequantizes. For few tokens a row is read once: the 16
 //! values of a 4-bit type, times the scale of a block and rounded, fit a register (or two), in which every code is
@@ -75,7 +76,7 @@ pub(crate) const fn codes_of_q8_0(values: &[f32; 16]) -> [i8; 16] {
     out
 }
 
-/// Row `row` as Q8_0 blocks.
+/// Row `row` as Q8_0 blocks, in the order of [`super::ActKind::for_weights_of_bnb`].
 #[inline(always)]
 pub(crate) unsafe fn to_q8_0<L: Lanes>(weights: &MatrixRef<'_>, row: usize, out: &mut [u8]) {
     let (scales, first) = weights.beside(row);

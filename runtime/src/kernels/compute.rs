@@ -9,7 +9,7 @@ use super::memory::{Channels, LANES, Out, SharedMut};
 use super::table::{Kernels, kernels};
 use crate::pool::Pool;
 use crate::state::State;
-use kestrel_formats::{GgmlType, WeightType};
+use kestrel_formats::WeightType;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -390,8 +390,7 @@ unsafe fn product(kernels: &Kernels, job: &Job<'_>, scratch: &mut Scratch) {
                 (kernels.int_matmul)(job, scratch);
             }
             (_, other) => {
-                let expected = ActKind::for_weights(GgmlType::Q8_0, false);
-                assert_eq!(kind, expected, "{other} is multiplied as Q8_0");
+                assert_eq!(kind, ActKind::for_weights_of_bnb(other), "the kind that the weights take");
                 beside::int_matmul(kernels, job, scratch);
             }
         }

@@ -66,13 +66,13 @@ pub(crate) trait Lanes: Copy {
         (Self::load(high.as_ptr()), Self::load(low.as_ptr()))
     }
 
-    /// The same of a table of bytes, high and low halves by turns: 32 bytes.
+    /// The same of a table of bytes: 32 bytes.
     #[inline(always)]
     unsafe fn look_up_i8(table: &[i8; 16], p: *const u8, to: *mut i8) {
         let bytes = p.cast::<[u8; LANES]>().read_unaligned();
         for (i, b) in bytes.into_iter().enumerate() {
-            *to.add(2 * i) = table[usize::from(b >> 4)];
-            *to.add(2 * i + 1) = table[usize::from(b & 15)];
+            *to.add(i) = table[usize::from(b >> 4)];
+            *to.add(LANES + i) = table[usize::from(b & 15)];
         }
     }
 

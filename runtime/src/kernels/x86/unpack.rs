@@ -77,14 +77,14 @@ unsafe fn nibbles16(p: *const u8) -> __m256i {
     _mm256_and_si256(both, _mm256_set1_epi8(15))
 }
 
-/// Bytes that the halves of 16 bytes name in a table, high and low by turns; see `Lanes::look_up_i8`.
+/// Bytes that the halves of 16 bytes name in a table, first the high, then the low; see `Lanes::look_up_i8`.
 #[inline(always)]
 pub(super) unsafe fn look_up_bytes(table: &[i8; 16], p: *const u8, to: *mut i8) {
     let (table, bytes) = (load16(table.as_ptr().cast()), load16(p));
     let low = _mm_shuffle_epi8(table, _mm_and_si128(bytes, _mm_set1_epi8(15)));
     let high = _mm_shuffle_epi8(table, _mm_and_si128(_mm_srli_epi16::<4>(bytes), _mm_set1_epi8(15)));
-    _mm_storeu_si128(to.cast(), _mm_unpacklo_epi8(high, low));
-    _mm_storeu_si128(to.add(16).cast(), _mm_unpackhi_epi8(high, low));
+    _mm_storeu_si128(to.cast(), high);
+    _mm_storeu_si128(to.add(16).cast(), low);
 }
 
 /// `shift`ed fields of 32 bytes under a mask.
@@ -222,10 +222,9 @@ impl<F: FourBit> Small for F {
     #[inline(always)]
     unsafe fn codes(block: *const u8) -> __m256i {
         let table = _mm256_broadcastsi128_si256(load16(F::BIASED.as_ptr()));
-        // The high half of a byte comes first.
+        // The activations at even places come first, as do the high halves of bytes.
         let both = _mm256_shuffle_epi8(table, nibbles16(block));
-        let (low, high) = (_mm256_castsi256_si128(both), _mm256_extracti128_si256::<1>(both));
-        _mm256_set_m128i(_mm_unpackhi_epi8(high, low), _mm_unpacklo_epi8(high, low))
+        _mm256_permute4x64_epi64::<0b01_00_11_10>(both)
     }
 }
 
