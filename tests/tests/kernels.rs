@@ -4,9 +4,10 @@
 
 #![allow(clippy::print_stdout)] // a test says where it ran
 
-use kestrel_formats::GgmlType;
 use kestrel_formats::arch::{Arch, HyperParams};
+use kestrel_formats::{GgmlType, WeightType};
 use kestrel_quant::codec;
+use kestrel_quant::codec::scales::{Absmax, Scales};
 use kestrel_quant::codec::{f16_at, q4_k};
 use kestrel_runtime::State;
 use kestrel_runtime::kernels::{
@@ -131,6 +132,36 @@ fn not_finite_activations(isa: Isa) {
     }
 }
 
+/// The types of bitsandbytes with sizes of their blocks; int8 has one a row.
+fn bnb_matrices() -> impl Iterator<Item = (WeightType, Option<usize>)> {
+    let four_bit = [WeightType::Nf4, WeightType::Fp4].into_iter();
+    let sizes = [32, 64, 256, 512, 4096].map(Some);
+    four_bit.flat_map(move |ty| sizes.map(|size| (ty, size))).chain([(WeightType::Int8, None)])
+}
+
+/// Random codes with random scales beside them, times int8 activations.
+fn beside_product(
+    isa: Isa,
+    dtype: WeightType,
+    (rows, cols): (usize, usize),
+    blocksize: usize,
+    tokens: usize,
+) -> Vec<u32> {
+    let mut random = Random::new(99);
+    let n_bytes = if dtype == WeightType::Int8 { rows * cols } else { rows * cols / 2 };
+    let bytes: Vec<u8> = (0..n_bytes).map(|_| random.bits() as u8).collect();
+    let absmax: Vec<f32> =
+        random.floats((rows * cols).div_ceil(blocksize)).iter().map(|x| x.abs() + 0.1).collect();
+    let scales = Scales { blocksize, round_to: GgmlType::F32, absmax: Absmax::F32(&absmax) };
+    let matrix = MatrixRef::with_scales(dtype, rows, cols, &bytes, Some(scales)).unwrap();
+    let mut c = Compute::new(isa, 1, 64);
+    c.reserve_blocks(cols);
+    let acts = acts(&mut c, tokens, cols, ActKind::for_weights_of_bnb(dtype), 77);
+    let mut out = Random::new(5).floats(tokens * rows);
+    c.matmul(&matrix, &acts, &mut out, Then::Add);
+    bits(&out)
+}
+
 /// Every result is that of plain Rust, to the bit: products of all types with few and many tokens, the functions, the
 /// norm, a mixer with its states.
 fn same_bits(isa: Isa) {
@@ -152,6 +183,21 @@ fn same_bits(isa: Isa) {
                     let same = truth == product(isa, ty, cols, tokens, precise);
                     assert!(same, "{} {ty} {cols} columns, {tokens} tokens, precise {precise}", isa.name());
                 }
+            }
+        }
+    }
+    for (dtype, blocksize) in bnb_matrices() {
+        // Short rows go four at a time, and their scales may serve several of them, or begin in the middle of a row.
+        for (rows, cols) in [(35, 256), (18, 128), (19, 384), (3, 2048)] {
+            let blocksize = blocksize.unwrap_or(cols);
+            for tokens in [1, 2, 3, 5, 6, 17] {
+                let product = |isa| beside_product(isa, dtype, (rows, cols), blocksize, tokens);
+                let same = product(isa.truth()) == product(isa);
+                assert!(
+                    same,
+                    "{} {dtype} {rows} x {cols}, {tokens} tokens, scales of {blocksize}",
+                    isa.name()
+                );
             }
         }
     }

@@ -25,7 +25,11 @@ use std::mem::MaybeUninit;
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
 pub(super) unsafe fn small<F: Four>(job: &Job<'_>, scratch: &mut Scratch) {
-    walk(&Small::<F> { tokens: small_tokens::<F>(job, scratch), of: PhantomData }, job);
+    let tokens = small_tokens::<F>(job, scratch);
+    match job.weights.cols {
+        256 if F::BESIDE => walk(&Small::<F, FOUR> { tokens, of: PhantomData }, job),
+        _ => walk(&Small::<F, 1> { tokens, of: PhantomData }, job),
+    }
 }
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
@@ -144,8 +148,8 @@ unsafe fn fold(x: __m512) -> __m128 {
     fold_eight(_mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps::<1>(x)))
 }
 
-/// Rows of blocks of 32. A row has sixteen lanes of a sum: four blocks', four each.
-struct Small<F> {
+/// Rows of blocks of 32, `R` at a time: one, or four short ones. A row has sixteen lanes of a sum: four blocks', four each.
+struct Small<F, const R: usize> {
     tokens: [Token; INT_PANEL_TOKENS],
     of: PhantomData<F>,
 }
@@ -157,8 +161,8 @@ struct SmallSums {
     offsets: __m128,
 }
 
-impl<F: Four> Few for Small<F> {
-    const ROWS: usize = 1;
+impl<F: Four, const R: usize> Few for Small<F, R> {
+    const ROWS: usize = R;
 
     #[inline(always)]
     unsafe fn product<const T: usize>(
@@ -171,8 +175,19 @@ impl<F: Four> Few for Small<F> {
     ) {
         let (p, n_blocks) = (job.weights.row_of(row, 32, F::BYTES), job.weights.cols / 32);
         let tokens = each!([self.tokens[0]; T], i => self.tokens[t + i]);
+        if R == FOUR {
+            let rows = row..(row + FOUR).min(job.rows.end);
+            return four_rows::<F, T>(
+                p,
+                &RowScales::of(&job.weights, rows.clone()),
+                &tokens,
+                rows.len(),
+                out,
+                r,
+            );
+        }
         let mut sums = [SmallSums { products: _mm512_setzero_ps(), offsets: _mm_setzero_ps() }; T];
-        let scales = F::BESIDE.then(|| RowScales::of(&job.weights, row));
+        let scales = F::BESIDE.then(|| RowScales::of(&job.weights, row..row + 1));
         for b in (0..n_blocks).step_by(LANES) {
             let n = LANES.min(n_blocks - b);
             let p = p.add(b * F::BYTES);
@@ -260,6 +275,40 @@ unsafe fn beside_blocks<F: Four, const T: usize>(
         let codes = F::four(&four_blocks(p, F::BYTES, FOUR));
         for i in 0..T {
             add_four::<F>(codes, spread_four(factors[i], j), &x[i], b + j, &mut sums[i]);
+        }
+    }
+}
+
+/// The first `n` of four rows of eight blocks whose scales lie beside them, the first row at `p`.
+#[inline(always)]
+unsafe fn four_rows<F: Four, const T: usize>(
+    p: *const u8,
+    scales: &RowScales<'_>,
+    x: &[Token; T],
+    n: usize,
+    out: &mut [[f32; LANES]; TOKENS],
+    r: usize,
+) {
+    const BLOCKS: usize = 8;
+    let x_scales = each!([_mm512_setzero_ps(); T], i => _mm512_broadcast_f32x8(_mm256_loadu_ps(x[i].scales)));
+    for row0 in (0..n).step_by(2) {
+        let n_rows = 2.min(n - row0);
+        let d = scales.sixteen(row0 * BLOCKS, n_rows * BLOCKS);
+        let factors = each!([d; T], i => _mm512_mul_ps(d, x_scales[i]));
+        for row in 0..n_rows {
+            let p = p.add((row0 + row) * BLOCKS * F::BYTES);
+            let mut sums = [SmallSums { products: _mm512_setzero_ps(), offsets: _mm_setzero_ps() }; T];
+            for b in [0, FOUR] {
+                let p = p.add(b * F::BYTES);
+                fetch_ahead(p, FOUR * F::BYTES, 0, 1);
+                let codes = F::four(&four_blocks(p, F::BYTES, FOUR));
+                for i in 0..T {
+                    add_four::<F>(codes, spread_four(factors[i], row * BLOCKS + b), &x[i], b, &mut sums[i]);
+                }
+            }
+            for i in 0..T {
+                out[i][r + row0 + row] = sum_four(fold(sums[i].products));
+            }
         }
     }
 }

@@ -7,6 +7,7 @@ use crate::kernels::memory::LANES;
 use kestrel_quant::codec::bnb8;
 use kestrel_quant::codec::scales::{Absmax, Scales};
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 /// Whether [`RowScales`] takes the matrix, and its rows are whole fours of blocks of 32.
 pub(super) fn fit(job: &Job<'_>) -> bool {
@@ -15,12 +16,12 @@ pub(super) fn fit(job: &Job<'_>) -> bool {
     cols.is_multiple_of(128) && first.is_multiple_of(32) && blocksize >= 32 && blocksize.is_power_of_two()
 }
 
-/// The scales of the blocks of 32 of a row.
+/// The scales of the blocks of 32 of consecutive rows.
 pub(super) struct RowScales<'a> {
     scales: &'a Scales<'a>,
-    /// What they call the row's first weight.
+    /// What they call the first weight.
     first: usize,
-    /// Those of the row, where they are plain numbers and sixteen blocks of 32 begin with a block of theirs.
+    /// Those of the rows, where they are plain numbers and sixteen blocks of 32 begin with a block of theirs.
     plain: Option<&'a [f32]>,
     shift: u32,
     /// The scale of each of sixteen blocks, from such a beginning.
@@ -29,12 +30,12 @@ pub(super) struct RowScales<'a> {
 
 impl<'a> RowScales<'a> {
     #[inline(always)]
-    pub unsafe fn of(weights: &'a MatrixRef<'_>, row: usize) -> Self {
-        let (scales, first) = weights.beside(row);
+    pub unsafe fn of(weights: &'a MatrixRef<'_>, rows: Range<usize>) -> Self {
+        let (scales, first) = weights.beside(rows.start);
         let shift = scales.blocksize.trailing_zeros();
         let plain = match &scales.absmax {
             Absmax::F32(all) if scales.blocksize <= 32 * LANES && first & (scales.blocksize - 1) == 0 => {
-                Some(&all[first >> shift..][..weights.cols.div_ceil(scales.blocksize)])
+                Some(&all[first >> shift..][..(rows.len() * weights.cols).div_ceil(scales.blocksize)])
             }
             _ => None,
         };
