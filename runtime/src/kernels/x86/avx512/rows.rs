@@ -188,13 +188,13 @@ impl<F: Four, const R: usize> Few for Small<F, R> {
         }
         let mut sums = [SmallSums { products: _mm512_setzero_ps(), offsets: _mm_setzero_ps() }; T];
         let scales = F::BESIDE.then(|| RowScales::of(&job.weights, row..row + 1));
-        for b in (0..n_blocks).step_by(LANES) {
-            let n = LANES.min(n_blocks - b);
-            let p = p.add(b * F::BYTES);
-            match &scales {
-                Some(scales) => beside_blocks::<F, T>(p, scales, &tokens, b, n, &mut sums),
-                None => small_blocks::<F, T>(p, &tokens, b, n, &mut sums),
-            }
+        let whole = n_blocks / LANES * LANES;
+        // What is left is a call of its own, so that the number of the others is a constant.
+        for b in (0..whole).step_by(LANES) {
+            some_blocks::<F, T>(p, scales.as_ref(), &tokens, b, LANES, &mut sums);
+        }
+        if whole < n_blocks {
+            some_blocks::<F, T>(p, scales.as_ref(), &tokens, whole, n_blocks - whole, &mut sums);
         }
         for i in 0..T {
             out[i][r] = sum_four(fold(sums[i].products));
@@ -224,6 +224,23 @@ unsafe fn f16_four<F: Four>(p: &[*const u8; FOUR], at: usize, n: usize) -> __m12
 unsafe fn spread_four(x: __m512, j: usize) -> __m512 {
     let quarters = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
     _mm512_permutexvar_ps(_mm512_add_epi32(quarters, _mm512_set1_epi32(j as i32)), x)
+}
+
+/// Blocks `b..b + n` of the row at `p`, at most 16, whose scales lie beside it or in them.
+#[inline(always)]
+unsafe fn some_blocks<F: Four, const T: usize>(
+    p: *const u8,
+    scales: Option<&RowScales<'_>>,
+    x: &[Token; T],
+    b: usize,
+    n: usize,
+    sums: &mut [SmallSums; T],
+) {
+    let p = p.add(b * F::BYTES);
+    match scales {
+        Some(scales) => beside_blocks::<F, T>(p, scales, x, b, n, sums),
+        None => small_blocks::<F, T>(p, x, b, n, sums),
+    }
 }
 
 /// Blocks `b..b + n`, at most 16, the first of them at `p`.

@@ -24,6 +24,8 @@ pub(super) struct RowScales<'a> {
     /// Those of the rows, where they are plain numbers and sixteen blocks of 32 begin with a block of theirs.
     plain: Option<&'a [f32]>,
     shift: u32,
+    /// Ones for as many as sixteen blocks of 32 have.
+    mask: __mmask16,
     /// The scale of each of sixteen blocks, from such a beginning.
     which: __m512i,
 }
@@ -39,7 +41,14 @@ impl<'a> RowScales<'a> {
             }
             _ => None,
         };
-        Self { scales, first, plain, shift, which: which(0, shift) }
+        Self {
+            scales,
+            first,
+            plain,
+            shift,
+            mask: mask_of((32 * LANES).div_ceil(scales.blocksize)),
+            which: which(0, shift),
+        }
     }
 
     /// The scales of blocks `b..b + n` of 32, at most 16 and `b` a multiple of 16, over 127 and rounded to f16; anything
@@ -50,8 +59,12 @@ impl<'a> RowScales<'a> {
     #[inline(always)]
     pub unsafe fn sixteen(&self, b: usize, n: usize) -> __m512 {
         if let Some(plain) = self.plain {
-            let of = &plain[(32 * b) >> self.shift..][..(32 * n).div_ceil(1 << self.shift)];
-            return _mm512_permutexvar_ps(self.which, rounded(of));
+            let at = (32 * b) >> self.shift;
+            debug_assert!(at + (32 * n).div_ceil(1 << self.shift) <= plain.len());
+            // Of those that do not exist the mask keeps off; they are not handed out.
+            let mask = if n == LANES { self.mask } else { mask_of((32 * n).div_ceil(1 << self.shift)) };
+            let scales = _mm512_maskz_loadu_ps(mask, plain.as_ptr().add(at));
+            return _mm512_permutexvar_ps(self.which, rounded_all(scales));
         }
         let at = self.first + 32 * b;
         let block = at >> self.shift;
@@ -83,7 +96,17 @@ unsafe fn which(offset: i32, shift: u32) -> __m512i {
 /// At most sixteen scales over 127 and rounded to f16.
 #[inline(always)]
 unsafe fn rounded(absmax: &[f32]) -> __m512 {
-    let mask = ((1u32 << absmax.len()) - 1) as __mmask16;
-    let d = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, absmax.as_ptr()), _mm512_set1_ps(bnb8::INVERSE_127));
+    rounded_all(_mm512_maskz_loadu_ps(mask_of(absmax.len()), absmax.as_ptr()))
+}
+
+#[inline(always)]
+unsafe fn rounded_all(absmax: __m512) -> __m512 {
+    let d = _mm512_mul_ps(absmax, _mm512_set1_ps(bnb8::INVERSE_127));
     _mm512_cvtph_ps(_mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT }>(d))
+}
+
+/// Ones for the first `n` of sixteen.
+#[inline(always)]
+fn mask_of(n: usize) -> __mmask16 {
+    ((1u32 << n) - 1) as __mmask16
 }
