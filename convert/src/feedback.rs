@@ -39,8 +39,8 @@ impl<'a> Feedbacks<'a> {
         }
     }
 
-    /// Of this tensor, if the plan says that it has some. Errors: `Missing`, or `Inconsistent` if its
-    /// products are not those of inputs.
+    /// Of this tensor, if the plan says that it has some. Errors: `Missing`, or `Inconsistent` if its products are not those
+    /// of inputs.
     pub(crate) fn of(&self, tensor: usize) -> Result<Option<Arc<Feedback>>> {
         let planned = &self.plan.tensors[tensor];
         let Some(calibration) = self.calibration.filter(|_| planned.fed) else { return Ok(None) };

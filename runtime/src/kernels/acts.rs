@@ -236,8 +236,8 @@ impl Acts {
         }
     }
 
-    /// Codes `col..` of token `t` in the order of the kind, one for each number of `to`, however they are stored. `col` and the length are
-    /// multiples of 4.
+    /// Codes `col..` of token `t` in the order of the kind, one for each number of `to`, however they are stored. `col`
+    /// and the length are multiples of 4.
     pub(crate) fn copy_codes(&self, t: usize, col: usize, to: &mut [i8]) {
         let at = self.place(t);
         for (i, to) in to.chunks_exact_mut(4).enumerate() {
