@@ -208,7 +208,7 @@ impl<'m> Runner<'m> {
     }
 
     /// The residual stream (tokens, d_model) before the first layer.
-    pub(crate) fn embed(&mut self, tokens: &[u32], x: &mut [f32]) {
+    pub(crate) fn embed(&self, tokens: &[u32], x: &mut [f32]) {
         self.compute.embed(&self.model.token_embd.view(), tokens, x);
     }
 

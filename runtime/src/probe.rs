@@ -3,7 +3,7 @@
 use crate::forward::{Runner, RunnerOptions};
 use crate::matrix::{Bytes, Matrix};
 use crate::model::Model;
-use crate::session::{all_finite, check_tokens, not_finite};
+use crate::session::{all_finite, check_logits, check_tokens};
 use kestrel_formats::arch::Role;
 use kestrel_formats::{GgmlType, Result};
 use kestrel_quant::codec::codec;
@@ -89,7 +89,7 @@ impl<'m> Probe<'m> {
     }
 
     /// Stores in `x` (t, d_model) what `tokens` are before the first layer. Errors: a token outside the vocabulary.
-    pub fn embed(&mut self, tokens: &[u32], x: &mut Vec<f32>) -> Result<()> {
+    pub fn embed(&self, tokens: &[u32], x: &mut Vec<f32>) -> Result<()> {
         check_tokens(self.model, tokens)?;
         x.resize(tokens.len() * self.model.hparams().d_model, 0.0);
         self.runner.embed(tokens, x);
@@ -105,22 +105,24 @@ impl<'m> Probe<'m> {
         self.runner.advance(&mut self.model.new_state(), layers, x);
     }
 
-    /// Calls `each(position, logits)` for the `wanted` positions of `x` (t, d_model), which is behind the last layer.
-    /// Errors: `NotFinite` if the logits hold a NaN or an infinity; `Changed` if the model's file was written to
+    /// Calls `each(position, logits)` for the `wanted` positions of `x` (t, d_model), which is behind the last layer, until
+    /// it fails. Errors: its own; `NotFinite` if the logits hold a NaN or an infinity; `Changed` if the model's file was written to
     /// meanwhile.
     pub fn logits(
         &mut self,
         x: &[f32],
         wanted: Range<usize>,
-        mut each: impl FnMut(usize, &[f32]),
+        mut each: impl FnMut(usize, &[f32]) -> Result<()>,
     ) -> Result<()> {
-        let mut finite = true;
+        let (mut finite, mut result) = (true, Ok(()));
         self.runner.read_out(x, wanted, &mut |i, logits| {
             finite &= all_finite(logits);
-            each(i, logits);
+            if result.is_ok() {
+                result = each(i, logits);
+            }
         });
-        self.model.check_unmodified()?;
-        if finite { Ok(()) } else { Err(not_finite(self.model)) }
+        check_logits(self.model, finite)?;
+        result
     }
 }
 

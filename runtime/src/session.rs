@@ -62,11 +62,7 @@ impl<'m> Session<'m> {
     pub fn prefill(&mut self, tokens: &[u32]) -> Result<()> {
         check_tokens(self.model, tokens)?;
         self.runner.forward(&mut self.state, tokens, &mut self.logits);
-        self.model.check_unmodified()?;
-        match all_finite(&self.logits) {
-            true => Ok(()),
-            false => Err(not_finite(self.model)),
-        }
+        check_logits(self.model, all_finite(&self.logits))
     }
 
     /// Consumes `tokens` and calls `each(position, logits)` with the logits (vocab) after every one of them. Errors:
@@ -78,8 +74,7 @@ impl<'m> Session<'m> {
             finite &= all_finite(logits);
             each(i, logits);
         });
-        self.model.check_unmodified()?;
-        if finite { Ok(()) } else { Err(not_finite(self.model)) }
+        check_logits(self.model, finite)
     }
 
     /// Consumes `tokens` and shows `observer` the inputs of every matrix; the logits stay as they were. Errors: a token
@@ -148,6 +143,12 @@ impl<'m> Session<'m> {
         let _ = each(None, &text.finish());
         Ok(stop)
     }
+}
+
+/// After a forward pass whose logits are `finite` or not. Errors: `Changed`, `NotFinite`.
+pub(crate) fn check_logits(model: &Model, finite: bool) -> Result<()> {
+    model.check_unmodified()?;
+    if finite { Ok(()) } else { Err(not_finite(model)) }
 }
 
 pub(crate) fn not_finite(model: &Model) -> Error {

@@ -184,7 +184,7 @@ impl Work<'_> {
             self.matrices.iter().filter(|(_, _, m)| so_far.divergence(&m.name).is_none()).collect();
         let bar = Count::new("matrices", self.matrices.len(), self.matrices.len() - missing.len());
         let windows: Vec<_> = self.windows.iter().take(self.args.kl_chunks as usize).collect();
-        let mut base = Base::set_aside(self, model, &windows)?;
+        let mut base = Base::new(self, model, &windows)?;
         for (role, layer, m) in missing {
             self.check_interrupt()?;
             let feedback = so_far.products(&m.name).map(|products| Feedback::new(&products)).transpose();
@@ -194,24 +194,31 @@ impl Work<'_> {
             let Some(matrix) = model.matrix(*role, *layer) else { continue };
             let fits = |ty: GgmlType| m.cols.is_multiple_of(ty.block_len());
             let probe = if fits(PROBE) { PROBE } else { GgmlType::Q4_0 };
-            let tried: Vec<_> = TYPES.into_iter().filter(|&ty| fits(ty)).chain([probe]).collect();
+            let mut tried: Vec<_> = TYPES.into_iter().filter(|&ty| fits(ty)).collect();
+            if !tried.contains(&probe) {
+                tried.push(probe);
+            }
             let errors = quantizer.errors(matrix, &tried);
-            let probe_error = errors[tried.len() - 1];
+            let error = |ty| tried.iter().position(|&t| t == ty).map(|i| errors[i]);
+            let probe_error = error(probe).unwrap_or_default();
             let new = quantizer.requantized(matrix, probe)?;
-            match role {
-                Role::TokenEmbd => base.reach(model, None)?,
-                Role::Output => base.reach(model, Some(model.hparams().n_layer))?,
-                _ => base.reach(model, Some(*layer))?,
+            let unchanged = match role {
+                Role::TokenEmbd => None,
+                Role::Output => Some(model.hparams().n_layer),
+                _ => Some(*layer),
+            };
+            if let Some(layer) = unchanged {
+                base.reach(model, layer)?;
             }
             let old = model.replace_matrix(*role, *layer, new);
-            let kl = base.divergence(model);
+            let kl = base.divergence(model, unchanged);
             model.replace_matrix(*role, *layer, old);
             let kl = kl?;
-            let all = TYPES.map(|ty| match tried.iter().position(|&t| t == ty) {
+            let all = TYPES.map(|ty| match error(ty) {
                 None => f32::INFINITY,
                 // A matrix that is all zero has no error in any type.
                 Some(_) if probe_error == 0.0 => 0.0,
-                Some(i) => (kl * (errors[i] / probe_error)) as f32,
+                Some(error) => (kl * (error / probe_error)) as f32,
             });
             self.writer.divergence(&m.name, &all)?;
             bar.advance(1, &format!("{} as {probe}: KL {kl:.2e}", m.name));
@@ -235,33 +242,31 @@ impl Work<'_> {
 struct Base<'a> {
     work: &'a Work<'a>,
     windows: &'a [Vec<u32>],
-    /// The layer that residual streams are before; none before the embedding.
-    layer: Option<usize>,
+    /// The layer that residual streams were set aside before.
+    layer: usize,
     /// A residual stream (t, d_model) at work.
     x: Vec<f32>,
-    bytes: Vec<u8>,
+    aside: Aside<'a>,
 }
 
 impl<'a> Base<'a> {
-    /// Reads the windows.
-    fn set_aside(work: &'a Work<'a>, model: &Model, windows: &'a [Vec<u32>]) -> Result<Self> {
-        let mut out = Self { work, windows, layer: None, x: Vec::new(), bytes: Vec::new() };
+    /// Reads the windows to their end.
+    fn new(work: &'a Work<'a>, model: &Model, windows: &'a [Vec<u32>]) -> Result<Self> {
+        let aside = Aside { writer: work.writer, bytes: Vec::new() };
+        let (h, x) = (model.hparams(), Vec::new());
+        let mut out = Self { work, windows, layer: h.n_layer, x, aside };
         let mut probe = out.probe(model)?;
-        let mut log_probs = vec![0.0; model.hparams().vocab_size];
+        let mut log_probs = vec![0.0; h.vocab_size];
         for (w, window) in windows.iter().enumerate() {
             probe.embed(window, &mut out.x)?;
-            probe.advance(0..model.hparams().n_layer, &mut out.x);
-            let (mut at, mut result) = (out.offset(model, w), Ok(()));
-            probe.logits(&out.x, scored(window.len()), |_, logits| {
+            probe.advance(0..h.n_layer, &mut out.x);
+            out.aside.put(out.x_place(model, w), out.x.iter().copied())?;
+            let (scored, first) = (scored(window.len()), out.place(model, w));
+            probe.logits(&out.x, scored.clone(), |i, logits| {
                 log_softmax(logits, &mut log_probs);
-                out.bytes.clear();
-                out.bytes.extend(log_probs.iter().flat_map(|&x| (x as f32).to_le_bytes()));
-                if result.is_ok() {
-                    result = work.writer.set_aside(at, &out.bytes);
-                }
-                at += out.bytes.len() as u64;
+                let place = first + (i - scored.start) * h.vocab_size;
+                out.aside.put(place, log_probs.iter().map(|&x| x as f32))
             })?;
-            result?;
         }
         Ok(out)
     }
@@ -272,76 +277,95 @@ impl<'a> Base<'a> {
         Probe::new(model, &RunnerOptions { precise: true, ..args.runner_options(args.threads.get()) })
     }
 
-    /// Where a window's log-probabilities begin.
-    fn offset(&self, model: &Model, window: usize) -> u64 {
+    /// Numbers before a window's log-probabilities.
+    fn place(&self, model: &Model, window: usize) -> usize {
         let (h, n_ctx) = (model.hparams(), self.work.windows.n_ctx);
-        4 * (window * (scored(n_ctx).len() * h.vocab_size + n_ctx * h.d_model)) as u64
+        window * (scored(n_ctx).len() * h.vocab_size + n_ctx * h.d_model)
     }
 
-    /// Where its residual stream begins.
-    fn x_offset(&self, model: &Model, window: usize) -> u64 {
-        let scored = scored(self.work.windows.n_ctx).len();
-        self.offset(model, window) + 4 * (scored * model.hparams().vocab_size) as u64
+    /// Numbers before its residual stream.
+    fn x_place(&self, model: &Model, window: usize) -> usize {
+        self.place(model, window) + scored(self.work.windows.n_ctx).len() * model.hparams().vocab_size
     }
 
     /// Takes the residual streams to before this layer, from where they are or else from the embedding.
-    fn reach(&mut self, model: &Model, layer: Option<usize>) -> Result<()> {
-        let Some(to) = layer.filter(|_| layer != self.layer) else {
-            self.layer = layer;
+    fn reach(&mut self, model: &Model, layer: usize) -> Result<()> {
+        if layer == self.layer {
             return Ok(());
-        };
-        let from = self.layer.filter(|from| *from <= to);
+        }
         let mut probe = self.probe(model)?;
+        let unchanged = (self.layer < layer).then_some(self.layer);
         for w in 0..self.windows.len() {
-            self.layer = from;
-            self.read(model, &mut probe, w)?;
-            probe.advance(from.unwrap_or(0)..to, &mut self.x);
-            self.bytes.clear();
-            self.bytes.extend(self.x.iter().flat_map(|x| x.to_le_bytes()));
-            self.work.writer.set_aside(self.x_offset(model, w), &self.bytes)?;
+            let from = self.read(model, &probe, w, unchanged)?;
+            probe.advance(from..layer, &mut self.x);
+            self.aside.put(self.x_place(model, w), self.x.iter().copied())?;
         }
         self.layer = layer;
         Ok(())
     }
 
-    /// A window's residual stream where it is.
-    fn read(&mut self, model: &Model, probe: &mut Probe<'_>, window: usize) -> Result<()> {
-        let tokens = &self.windows[window];
-        if self.layer.is_none() {
-            return probe.embed(tokens, &mut self.x);
-        }
-        self.bytes.resize(4 * tokens.len() * model.hparams().d_model, 0);
-        self.work.writer.read_aside(self.x_offset(model, window), &mut self.bytes)?;
-        self.x.clear();
-        self.x.extend(self.bytes.as_chunks().0.iter().map(|word| f32::from_le_bytes(*word)));
-        Ok(())
+    /// A window's residual stream before layer `unchanged`, where it was set aside, or else before the first; returns which.
+    fn read(
+        &mut self,
+        model: &Model,
+        probe: &Probe<'_>,
+        window: usize,
+        unchanged: Option<usize>,
+    ) -> Result<usize> {
+        let Some(layer) = unchanged else {
+            probe.embed(&self.windows[window], &mut self.x)?;
+            return Ok(0);
+        };
+        debug_assert_eq!(layer, self.layer);
+        self.x.resize(self.windows[window].len() * model.hparams().d_model, 0.0);
+        self.aside.get(self.x_place(model, window), &mut self.x)?;
+        Ok(layer)
     }
 
-    /// Mean divergence of a model that is another from here on.
-    fn divergence(&mut self, model: &Model) -> Result<f64> {
+    /// Mean divergence of a model that is the same before layer `unchanged`, which was [reached](Self::reach), or that has
+    /// another embedding.
+    fn divergence(&mut self, model: &Model, unchanged: Option<usize>) -> Result<f64> {
         let (n_layer, vocab) = (model.hparams().n_layer, model.hparams().vocab_size);
         let mut sum = Divergence::default();
-        let (mut p, mut q, mut base) = (vec![0.0; vocab], vec![0.0; vocab], Vec::with_capacity(vocab));
+        let (mut p, mut q, mut base) = (vec![0.0; vocab], vec![0.0; vocab], vec![0.0; vocab]);
         let mut probe = self.probe(model)?;
         for (w, window) in self.windows.iter().enumerate() {
-            self.read(model, &mut probe, w)?;
-            probe.advance(self.layer.unwrap_or(0)..n_layer, &mut self.x);
-            let (mut at, mut result) = (self.offset(model, w), Ok(()));
-            self.bytes.resize(4 * vocab, 0);
-            probe.logits(&self.x, scored(window.len()), |i, logits| {
-                if result.is_ok() {
-                    result = self.work.writer.read_aside(at, &mut self.bytes);
-                }
-                at += self.bytes.len() as u64;
-                base.clear();
-                base.extend(self.bytes.as_chunks().0.iter().map(|word| f32::from_le_bytes(*word)));
+            let from = self.read(model, &probe, w, unchanged)?;
+            probe.advance(from..n_layer, &mut self.x);
+            let (scored, first) = (scored(window.len()), self.place(model, w));
+            probe.logits(&self.x, scored.clone(), |i, logits| {
+                self.aside.get(first + (i - scored.start) * vocab, &mut base)?;
                 log_softmax(logits, &mut q);
                 // Normalized again, or the rounding of the base would show.
                 log_softmax(&base, &mut p);
                 sum.add(&p, &q, window[i + 1]);
+                Ok(())
             })?;
-            result?;
         }
         Ok(sum.mean_kl().max(0.0))
+    }
+}
+
+/// f32 numbers behind the end of the calibration.
+struct Aside<'a> {
+    writer: &'a CalibrationWriter,
+    bytes: Vec<u8>,
+}
+
+impl Aside<'_> {
+    /// Keeps numbers at a place.
+    fn put(&mut self, place: usize, numbers: impl Iterator<Item = f32>) -> Result<()> {
+        self.bytes.clear();
+        self.bytes.extend(numbers.flat_map(f32::to_le_bytes));
+        self.writer.set_aside(4 * place as u64, &self.bytes)
+    }
+
+    /// Those that were put there.
+    fn get(&mut self, place: usize, numbers: &mut [f32]) -> Result<()> {
+        self.bytes.resize(size_of_val(numbers), 0);
+        self.writer.read_aside(4 * place as u64, &mut self.bytes)?;
+        let words = self.bytes.as_chunks().0;
+        numbers.iter_mut().zip(words).for_each(|(x, word)| *x = f32::from_le_bytes(*word));
+        Ok(())
     }
 }

@@ -345,21 +345,17 @@ impl BlockMut<'_> {
     /// See [`Self::put_scale`].
     #[inline(always)]
     pub unsafe fn put_codes(&self, i: usize, codes: &[i8; LANES], sum: i32) {
-        let put = |q: usize, quad: &[i8; 4]| {
-            let start = self.at.codes + (self.block * self.len() / 4 + q) * self.at.quad_stride;
+        for q in 0..4 {
+            let (place, quad): (usize, [i8; 4]) = match self.to.kind {
+                ActKind::Q8x32EvenOdd => {
+                    let (odd, half) = (q / 2, q % 2);
+                    (4 * odd + 2 * i + half, std::array::from_fn(|k| codes[8 * half + 2 * k + odd]))
+                }
+                _ => (4 * i + q, std::array::from_fn(|k| codes[4 * q + k])),
+            };
+            let start = self.at.codes + (self.block * self.len() / 4 + place) * self.at.quad_stride;
             // SAFETY: the caller's promise.
-            unsafe { self.to.codes.part(start..start + 4) }.copy_from_slice(quad);
-        };
-        if self.to.kind == ActKind::Q8x32EvenOdd {
-            let quad = |first: usize| std::array::from_fn(|k| codes[first + 2 * k]);
-            for (half, first) in [0, 8].into_iter().enumerate() {
-                put(2 * i + half, &quad(first));
-                put(4 + 2 * i + half, &quad(first + 1));
-            }
-        } else {
-            for (q, quad) in codes.as_chunks::<4>().0.iter().enumerate() {
-                put(4 * i + q, quad);
-            }
+            unsafe { self.to.codes.part(start..start + 4) }.copy_from_slice(&quad);
         }
         if self.to.kind == ActKind::Q8x256 {
             // SAFETY: the caller's promise.

@@ -11,7 +11,7 @@
 
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for the instruction set and for `Matmul`'s contract alone
 
-use super::scales::RowScales;
+use super::scales::{self, RowScales};
 use super::wide::{Four, Head, Wide, X};
 use crate::kernels::matmul::{INT_PANEL_TOKENS, Job, Scratch};
 use crate::kernels::memory::LANES;
@@ -284,7 +284,7 @@ unsafe fn beside_blocks<F: Four, const T: usize>(
     sums: &mut [SmallSums; T],
 ) {
     let d = scales.sixteen(b, n);
-    let mask = ((1u32 << n) - 1) as __mmask16;
+    let mask = scales::mask_of(n);
     let factors = each!([d; T], i => _mm512_mul_ps(d, _mm512_maskz_loadu_ps(mask, x[i].scales.add(b))));
     for j in (0..n).step_by(FOUR) {
         let p = p.add(j * F::BYTES);

@@ -41,14 +41,7 @@ impl<'a> RowScales<'a> {
             }
             _ => None,
         };
-        Self {
-            scales,
-            first,
-            plain,
-            shift,
-            mask: mask_of((32 * LANES).div_ceil(scales.blocksize)),
-            which: which(0, shift),
-        }
+        Self { scales, first, plain, shift, mask: mask_of(n_scales(LANES, shift)), which: which(0, shift) }
     }
 
     /// The scales of blocks `b..b + n` of 32, at most 16 and `b` a multiple of 16, over 127 and rounded to f16; anything
@@ -60,9 +53,9 @@ impl<'a> RowScales<'a> {
     pub unsafe fn sixteen(&self, b: usize, n: usize) -> __m512 {
         if let Some(plain) = self.plain {
             let at = (32 * b) >> self.shift;
-            debug_assert!(at + (32 * n).div_ceil(1 << self.shift) <= plain.len());
+            debug_assert!(at + n_scales(n, self.shift) <= plain.len());
             // Of those that do not exist the mask keeps off; they are not handed out.
-            let mask = if n == LANES { self.mask } else { mask_of((32 * n).div_ceil(1 << self.shift)) };
+            let mask = if n == LANES { self.mask } else { mask_of(n_scales(n, self.shift)) };
             let scales = _mm512_maskz_loadu_ps(mask, plain.as_ptr().add(at));
             return _mm512_permutexvar_ps(self.which, rounded_all(scales));
         }
@@ -105,8 +98,14 @@ unsafe fn rounded_all(absmax: __m512) -> __m512 {
     _mm512_cvtph_ps(_mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT }>(d))
 }
 
+/// Scales of `n` blocks of 32 that begin with one of them, each of which serves `1 << shift` weights.
+#[inline(always)]
+fn n_scales(n: usize, shift: u32) -> usize {
+    (32 * n).div_ceil(1 << shift)
+}
+
 /// Ones for the first `n` of sixteen.
 #[inline(always)]
-fn mask_of(n: usize) -> __mmask16 {
+pub(super) fn mask_of(n: usize) -> __mmask16 {
     ((1u32 << n) - 1) as __mmask16
 }
