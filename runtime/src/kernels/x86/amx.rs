@@ -124,7 +124,7 @@ unsafe fn with_tiles<F: Format>(job: &Job<'_>, scratch: &mut Scratch) {
 
 struct Amx;
 
-impl Sweep for Amx {
+impl<F: Format> Sweep<F> for Amx {
     type Lanes = Avx512;
 
     /// All of it: the tiles multiply signed bytes.
@@ -133,7 +133,7 @@ impl Sweep for Amx {
     }
 
     #[inline(always)]
-    unsafe fn sweep<F: Format>(panel: &Panel, job: &Job<'_>, n_rows: usize, k0: usize, n: usize) {
+    unsafe fn sweep(panel: &Panel, job: &Job<'_>, n_rows: usize, k0: usize, n: usize) {
         let n_groups = job.acts.n_groups();
         for g in (0..n_groups).step_by(2) {
             for r in (0..n_rows).step_by(LANES) {

@@ -12,6 +12,18 @@ macro_rules! each {
     }};
 }
 
+/// Does something sixteen times, for the constants 0 to 15: a loop that is unrolled for sure, so that what depends on the
+/// constant is decided by the compiler.
+macro_rules! sixteen_times {
+    ($i:ident => $do:block) => { sixteen_times!(@ $i $do 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15) };
+    (@ $i:ident $do:block $($n:literal)*) => {
+        $({
+            const $i: usize = $n;
+            $do
+        })*
+    };
+}
+
 pub(super) mod amx;
 pub(super) mod avx2;
 pub(super) mod avx512;

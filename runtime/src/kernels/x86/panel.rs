@@ -38,12 +38,14 @@ pub(super) struct Panel {
     pub sums: *mut f32,
     /// Tiles of integer products on their way from AMX to f32.
     pub tiles: *mut i32,
-    /// Where the same columns of the rows after the panel's begin, bytes from row to row, and lines of each.
-    next: (*const u8, usize, usize),
+    /// What it is expanded from,
+    this: Source,
+    /// and what the next panel will be, if there is one.
+    next: Option<Source>,
 }
 
 impl Panel {
-    fn new(scratch: &mut Scratch) -> Self {
+    fn new(scratch: &mut Scratch, source: Source) -> Self {
         assert!(
             scratch.panel.len() * 4 >= PANEL_ROWS * STRIDE && scratch.scales.len() >= 2 * PANEL_ROWS * SUBS
         );
@@ -54,22 +56,28 @@ impl Panel {
             offsets: offsets.as_mut_ptr(),
             sums: scratch.sums.as_mut_ptr(),
             tiles: scratch.tiles.as_mut_ptr(),
-            next: (std::ptr::null(), 0, 0),
+            this: source,
+            next: None,
         }
     }
 
-    /// Fetches what these rows of the next panel with the same columns will be expanded from. A few rows at a time between
-    /// the products: a panel's at once would fill the buffers for misses and hold up everything behind them.
+    /// Fetches the panel's columns of rows that come as far behind it as these are in it. A few rows at a time between the
+    /// products: a panel's at once would fill the buffers for misses and hold up everything behind them.
     #[inline(always)]
     pub fn fetch_next(&self, rows: Range<usize>) {
-        let (first, row_bytes, n_lines) = self.next;
+        let Source { blocks, row_bytes, n_rows, n_bytes, .. } = self.this;
         for r in rows {
-            let row = first.wrapping_add(r * row_bytes);
-            for line in 0..n_lines {
+            let row = blocks.wrapping_add((n_rows + r) * row_bytes);
+            for line in 0..n_bytes.div_ceil(64) {
                 // SAFETY: SSE is part of x86-64; a prefetch accesses nothing that a program can see.
                 unsafe { _mm_prefetch::<_MM_HINT_T1>(row.wrapping_add(64 * line).cast()) };
             }
         }
+    }
+
+    /// The first row of the last of its tiles of `tile` rows.
+    fn late(&self, tile: usize) -> usize {
+        (self.this.n_rows - 1) / tile * tile
     }
 
     /// Where row `r` is.
@@ -91,7 +99,59 @@ impl Panel {
 pub(super) struct Row {
     pub codes: *mut u8,
     pub scales: *mut f32,
-    offsets: *mut f32,
+    pub offsets: *mut f32,
+}
+
+impl Row {
+    /// The `i`th row behind it.
+    #[inline(always)]
+    pub unsafe fn behind(&self, i: usize) -> Self {
+        Self {
+            codes: self.codes.add(i * STRIDE),
+            scales: self.scales.add(i * SUBS),
+            offsets: self.offsets.add(i * SUBS),
+        }
+    }
+}
+
+/// Columns of some rows of a matrix: what a panel is expanded from.
+#[derive(Clone, Copy)]
+struct Source {
+    /// The first row's.
+    blocks: *const u8,
+    row_bytes: usize,
+    n_rows: usize,
+    n_cols: usize,
+    /// Of these columns in a row.
+    n_bytes: usize,
+}
+
+impl Source {
+    /// Columns `k0..` of the job's rows `row0..`, as many as a panel has.
+    #[inline(always)]
+    unsafe fn of<F: Format>(job: &Job<'_>, (row0, k0): (usize, usize)) -> Self {
+        let row_bytes = job.weights.row_bytes();
+        let n_rows = PANEL_ROWS.min(job.rows.end - row0);
+        let n_cols = PANEL_COLS.min(job.weights.cols - k0);
+        let rows = &job.weights.bytes[row0 * row_bytes..][..n_rows * row_bytes];
+        let blocks = rows.as_ptr().add(k0 / F::BLOCK * F::BYTES);
+        Self { blocks, row_bytes, n_rows, n_cols, n_bytes: n_cols / F::BLOCK * F::BYTES }
+    }
+
+    /// Four rows from `r` on, which become those of `panel`.
+    #[inline(always)]
+    unsafe fn rows(&self, panel: &Panel, r: usize) -> Rows {
+        let row = |i: usize| self.blocks.add((r + i).min(self.n_rows - 1) * self.row_bytes);
+        Rows { blocks: each!([self.blocks; FOUR], i => row(i)), n_cols: self.n_cols, to: panel.row(r) }
+    }
+}
+
+/// Rows that are expanded together. There may be fewer: then the last is there several times, as a panel has room for
+/// whole sixteens.
+pub(super) struct Rows {
+    pub blocks: [*const u8; FOUR],
+    pub n_cols: usize,
+    pub to: Row,
 }
 
 /// A block format as panels have it: `weight = scale(sub-block) · code + offset(sub-block)`.
@@ -107,18 +167,15 @@ pub(super) trait Format {
     /// Bytes of a block, in the file.
     const BYTES: usize;
 
-    /// What is prepared for four rows together.
+    /// What a step of an expansion leaves for the next.
     type Prepared;
-    /// Prepares columns of four rows, which begin at `blocks`.
-    unsafe fn prepare(_blocks: &[*const u8; FOUR], _to: *mut Self::Prepared) {}
-    /// Expands `n` weights from `blocks` on, those of row `i` of the four that were prepared.
-    unsafe fn expand<S: Sweep>(
-        prepared: *const Self::Prepared,
-        i: usize,
-        blocks: *const u8,
-        n: usize,
-        to: Row,
-    );
+    /// Steps in which four rows are expanded. Each has some twenty instructions, so that a processor can do them beside
+    /// the products of other rows; see [`Ahead`].
+    const STEPS: usize;
+    /// How many of them only prepare the others.
+    const PREPARING: usize = 0;
+    /// A step of expanding `rows`; codes get `minus` taken off.
+    unsafe fn expand(step: usize, rows: &Rows, minus: u8, prepared: *mut Self::Prepared);
 }
 
 /// A type with blocks of 32.
@@ -136,12 +193,14 @@ impl<F: Small> Format for InSmall<F> {
     const HAS_OFFSETS: bool = F::HAS_M;
     const BYTES: usize = F::BYTES;
     type Prepared = ();
+    const STEPS: usize = 2 * FOUR;
 
     #[inline(always)]
-    unsafe fn expand<S: Sweep>(_: *const (), _: usize, blocks: *const u8, n: usize, to: Row) {
-        let minus = _mm256_set1_epi8(S::taken_off(F::BIAS) as i8);
-        for b in 0..n / 32 {
-            let block = blocks.add(b * F::BYTES);
+    unsafe fn expand(step: usize, rows: &Rows, minus: u8, _: *mut ()) {
+        let minus = _mm256_set1_epi8(minus as i8);
+        let (row, to) = (rows.blocks[step / 2], rows.to.behind(step / 2));
+        for b in half_of(step % 2, rows.n_cols) {
+            let block = row.add(b * F::BYTES);
             _mm256_storeu_si256(to.codes.add(32 * b).cast(), _mm256_sub_epi8(F::codes(block), minus));
             *to.scales.add(b) = f16(block);
             if F::HAS_M {
@@ -149,6 +208,13 @@ impl<F: Small> Format for InSmall<F> {
             }
         }
     }
+}
+
+/// The blocks of 32 in a half of `n_cols` columns.
+#[inline(always)]
+pub(super) fn half_of(half: usize, n_cols: usize) -> Range<usize> {
+    const BLOCKS: usize = PANEL_COLS / 2 / 32;
+    half * BLOCKS..((half + 1) * BLOCKS).min(n_cols / 32)
 }
 
 /// A type with blocks of 256.
@@ -162,26 +228,27 @@ impl<F: Large> Format for InLarge<F> {
     const HAS_OFFSETS: bool = F::HAS_MINS;
     const BYTES: usize = F::BYTES;
     type Prepared = ();
+    const STEPS: usize = 2 * FOUR;
 
     #[inline(always)]
-    unsafe fn expand<S: Sweep>(_: *const (), _: usize, blocks: *const u8, n: usize, to: Row) {
-        let minus = _mm256_set1_epi8(S::taken_off(F::BIAS) as i8);
-        let n_subs = 256 / F::SUB;
-        for b in 0..n / 256 {
-            let block = blocks.add(b * F::BYTES);
-            let codes = to.codes.add(256 * b);
-            // One after the other by hand: as a loop it would not be unrolled, and shift by variables.
-            put_codes::<F, 0>(codes, block, minus);
-            put_codes::<F, 1>(codes, block, minus);
-            put_codes::<F, 2>(codes, block, minus);
-            put_codes::<F, 3>(codes, block, minus);
-            put_codes::<F, 4>(codes, block, minus);
-            put_codes::<F, 5>(codes, block, minus);
-            put_codes::<F, 6>(codes, block, minus);
-            put_codes::<F, 7>(codes, block, minus);
-            put_scaled::<F>(to.scales.add(b * n_subs), F::scales(block), f16(block.add(F::D)));
+    unsafe fn expand(step: usize, rows: &Rows, minus: u8, _: *mut ()) {
+        const { assert!(PANEL_COLS == 256) } // a block
+        let minus = _mm256_set1_epi8(minus as i8);
+        let (block, to) = (rows.blocks[step / 2], rows.to.behind(step / 2));
+        // One after the other by hand: as a loop it would not be unrolled, and shift by variables.
+        if step.is_multiple_of(2) {
+            put_codes::<F, 0>(to.codes, block, minus);
+            put_codes::<F, 1>(to.codes, block, minus);
+            put_codes::<F, 2>(to.codes, block, minus);
+            put_codes::<F, 3>(to.codes, block, minus);
+            put_scaled::<F>(to.scales, F::scales(block), f16(block.add(F::D)));
+        } else {
+            put_codes::<F, 4>(to.codes, block, minus);
+            put_codes::<F, 5>(to.codes, block, minus);
+            put_codes::<F, 6>(to.codes, block, minus);
+            put_codes::<F, 7>(to.codes, block, minus);
             if F::HAS_MINS {
-                put_scaled::<F>(to.offsets.add(b * n_subs), F::mins(block), -f16(block.add(F::DMIN)));
+                put_scaled::<F>(to.offsets, F::mins(block), -f16(block.add(F::DMIN)));
             }
         }
     }
@@ -205,18 +272,27 @@ unsafe fn put_scaled<F: Large>(to: *mut f32, x: __m128i, d: f32) {
 }
 
 /// What an instruction set does with a panel.
-pub(super) trait Sweep {
+pub(super) trait Sweep<F: Format> {
     type Lanes: Lanes;
     /// Whether [`Self::sweep`] calls [`Panel::fetch_next`] for all rows. Else it is done while a panel is expanded.
     const FETCHES_NEXT: bool = true;
+    /// Rows that are expanded together, four at most, and in how many steps.
+    const ROWS: usize = FOUR;
+    const STEPS: usize = F::STEPS;
+    /// A step of expanding them.
+    #[inline(always)]
+    unsafe fn expand(step: usize, rows: &Rows, prepared: *mut F::Prepared) {
+        F::expand(step, rows, Self::taken_off(F::BIAS), prepared);
+    }
     /// What expansion takes off a code that has `bias`; the rest is left to the products.
     fn taken_off(bias: u8) -> u8;
-    /// Arranges `n_rows` rows, which were expanded, for [`Self::sweep`].
-    #[inline(always)]
-    unsafe fn arrange(_panel: &Panel, _n_rows: usize) {}
+    /// Rows of a tile, if the sweep over this many groups of tokens expands the next panel [`Ahead`].
+    fn ahead(_n_groups: usize) -> Option<usize> {
+        None
+    }
     /// Adds the products of the panel's first `n_rows` rows, which are columns `k0..k0 + n`, with all tokens to the
     /// sums. Rows up to the next multiple of 16 exist, but mean nothing.
-    unsafe fn sweep<F: Format>(panel: &Panel, job: &Job<'_>, n_rows: usize, k0: usize, n: usize);
+    unsafe fn sweep(panel: &Panel, job: &Job<'_>, n_rows: usize, k0: usize, n: usize);
     /// The sums of the 16 rows from `r` on with the tokens of group `g`, as [token][row].
     #[inline(always)]
     unsafe fn by_token(panel: &Panel, g: usize, r: usize, to: &mut [f32; LANES * LANES]) {
@@ -226,22 +302,27 @@ pub(super) trait Sweep {
 
 /// Rows of `F` times many tokens.
 #[inline(always)]
-pub(super) unsafe fn product<F: Format, S: Sweep>(job: &Job<'_>, scratch: &mut Scratch) {
-    let (n_tokens, n_groups) = (job.acts.n_tokens(), job.acts.n_groups());
-    let row_bytes = job.weights.row_bytes();
-    for row0 in job.rows.clone().step_by(PANEL_ROWS) {
-        let n_rows = PANEL_ROWS.min(job.rows.end - row0);
-        let rows = job.weights.bytes[row0 * row_bytes..][..n_rows * row_bytes].as_ptr();
-        scratch.sums[..n_groups * PANEL_ROWS * LANES].fill(0.0);
-        let mut panel = Panel::new(scratch);
-        for k0 in (0..job.weights.cols).step_by(PANEL_COLS) {
-            let n = PANEL_COLS.min(job.weights.cols - k0);
-            let blocks = rows.add(k0 / F::BLOCK * F::BYTES);
-            let n_lines = (n / F::BLOCK * F::BYTES).div_ceil(64);
-            panel.next = (blocks.wrapping_add(n_rows * row_bytes), row_bytes, n_lines);
-            fill::<F, S>(&panel, blocks, row_bytes, n_rows, n);
-            S::arrange(&panel, n_rows);
-            S::sweep::<F>(&panel, job, n_rows, k0, n);
+pub(super) unsafe fn product<F: Format, S: Sweep<F>>(job: &Job<'_>, scratch: &mut Scratch) {
+    let (n_tokens, n_groups, cols) = (job.acts.n_tokens(), job.acts.n_groups(), job.weights.cols);
+    let of_rows = |row0| (0..cols).step_by(PANEL_COLS).map(move |k0| (row0, k0));
+    let mut places = job.rows.clone().step_by(PANEL_ROWS).flat_map(of_rows).peekable();
+    let Some(&first) = places.peek() else { return };
+    let mut panel = Panel::new(scratch, Source::of::<F>(job, first));
+    while let Some((row0, k0)) = places.next() {
+        panel.this = Source::of::<F>(job, (row0, k0));
+        panel.next = places.peek().map(|&place| Source::of::<F>(job, place));
+        let Source { n_rows, n_cols, .. } = panel.this;
+        if k0 == 0 {
+            scratch.sums[..n_groups * PANEL_ROWS * LANES].fill(0.0);
+        }
+        match S::ahead(n_groups) {
+            Some(tile) if n_rows > tile && (row0, k0) == first => fill::<F, S>(&panel, 0..panel.late(tile)),
+            Some(tile) if n_rows > tile => (),
+            _ => fill::<F, S>(&panel, 0..n_rows),
+        }
+        S::sweep(&panel, job, n_rows, k0, n_cols);
+        if k0 + n_cols < cols {
+            continue;
         }
         for (half, row) in (row0..row0 + n_rows).step_by(LANES).enumerate() {
             for g in 0..n_groups {
@@ -255,28 +336,81 @@ pub(super) unsafe fn product<F: Format, S: Sweep>(job: &Job<'_>, scratch: &mut S
     }
 }
 
-/// Expands `n` columns of `n_rows` rows, the first of which begin at `blocks`.
+/// Expands some rows of the panel.
 #[inline(always)]
-unsafe fn fill<F: Format, S: Sweep>(
-    panel: &Panel,
-    blocks: *const u8,
-    row_bytes: usize,
-    n_rows: usize,
-    n: usize,
-) {
+unsafe fn fill<F: Format, S: Sweep<F>>(panel: &Panel, rows: Range<usize>) {
+    let mut prepared = [const { MaybeUninit::<F::Prepared>::uninit() }; PANEL_ROWS];
     // All are prepared first, so that none waits for the one before it.
-    let mut prepared = [const { MaybeUninit::<F::Prepared>::uninit() }; PANEL_ROWS / FOUR];
-    for (i, prepared) in prepared[..n_rows.div_ceil(FOUR)].iter_mut().enumerate() {
-        // Of rows that do not exist, the last again.
-        let four = each!([blocks; FOUR], j => blocks.add((FOUR * i + j).min(n_rows - 1) * row_bytes));
-        F::prepare(&four, prepared.as_mut_ptr());
+    for r in rows.clone().step_by(S::ROWS) {
+        let rows = panel.this.rows(panel, r);
+        sixteen_times!(STEP => {
+            if STEP < F::PREPARING {
+                S::expand(STEP, &rows, prepared[r / S::ROWS].as_mut_ptr());
+            }
+        });
     }
-    for r in 0..n_rows {
-        let blocks = blocks.add(r * row_bytes);
+    for r in rows.step_by(S::ROWS) {
         if !S::FETCHES_NEXT {
-            panel.fetch_next(r..r + 1);
+            panel.fetch_next(r..r + S::ROWS);
         }
-        F::expand::<S>(prepared[r / FOUR].as_ptr(), r % FOUR, blocks, n, panel.row(r));
+        let rows = panel.this.rows(panel, r);
+        sixteen_times!(STEP => {
+            if (F::PREPARING..S::STEPS).contains(&STEP) {
+                S::expand(STEP, &rows, prepared[r / S::ROWS].as_mut_ptr());
+            }
+        });
+    }
+}
+
+/// Columns of a tile between which something is done [`Ahead`].
+pub(super) const AHEAD_COLS: usize = 16;
+
+/// Expansion of the `R` rows before those of a tile, a little at a time between the tile's products: they have been
+/// multiplied, and make way for the next panel's. The first tile makes way for none, and sees to the last rows of its own
+/// panel, if that has others.
+///
+/// Unpacking needs other units of a processor than products do, and so takes no time of its own, as long as what waits
+/// for its operands does not fill the queues.
+pub(super) struct Ahead<'a, F: Format, S, const R: usize> {
+    panel: &'a Panel,
+    source: Option<Source>,
+    first: usize,
+    prepared: MaybeUninit<F::Prepared>,
+    sweep: PhantomData<S>,
+}
+
+impl<'a, F: Format, S: Sweep<F>, const R: usize> Ahead<'a, F, S, R> {
+    const PARTS: usize = PANEL_COLS / AHEAD_COLS;
+    const STEPS: usize = R / S::ROWS * S::STEPS;
+
+    /// Beside the tile that begins at row `r`.
+    #[inline(always)]
+    pub unsafe fn of_tile(panel: &'a Panel, r: usize) -> Self {
+        let (source, first) = match r {
+            0 => (Some(panel.this).filter(|this| this.n_rows > R), panel.late(R)),
+            _ => (panel.next.filter(|next| next.n_rows > r - R), r - R),
+        };
+        Self { panel, source, first, prepared: MaybeUninit::uninit(), sweep: PhantomData }
+    }
+
+    /// What is due before column `k` of the tile.
+    #[inline(always)]
+    pub unsafe fn at(&mut self, k: usize) {
+        let part = k / AHEAD_COLS;
+        if let Some(source) = &self.source {
+            for step in Self::STEPS * part / Self::PARTS..Self::STEPS * (part + 1) / Self::PARTS {
+                let rows = source.rows(self.panel, self.first + step / S::STEPS * S::ROWS);
+                S::expand(step % S::STEPS, &rows, self.prepared.as_mut_ptr());
+            }
+        }
+    }
+
+    /// What is due after the last of a tile's `n` columns.
+    #[inline(always)]
+    pub unsafe fn rest(&mut self, n: usize) {
+        for k in (n..PANEL_COLS).step_by(AHEAD_COLS) {
+            self.at(k);
+        }
     }
 }
 

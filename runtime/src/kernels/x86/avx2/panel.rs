@@ -27,7 +27,7 @@ pub(super) unsafe fn large<F: Large>(job: &Job<'_>, scratch: &mut Scratch) {
 
 struct Maddubs;
 
-impl Sweep for Maddubs {
+impl<F: Format> Sweep<F> for Maddubs {
     type Lanes = Avx2;
     /// Between its tiles, fetching costs 3 %.
     const FETCHES_NEXT: bool = false;
@@ -38,7 +38,7 @@ impl Sweep for Maddubs {
     }
 
     #[inline(always)]
-    unsafe fn sweep<F: Format>(panel: &Panel, job: &Job<'_>, n_rows: usize, k0: usize, n: usize) {
+    unsafe fn sweep(panel: &Panel, job: &Job<'_>, n_rows: usize, k0: usize, n: usize) {
         for g in 0..job.acts.n_groups() {
             match job.acts.n_tokens() - g * LANES {
                 0..=HALF => group::<F, 4, 1>(panel, job, n_rows, g, k0, n),
@@ -122,7 +122,7 @@ unsafe fn dots<F: Format, const R: usize, const H: usize>(
     at: usize,
     sums: &[__m256i; H],
 ) -> [[__m256i; H]; R] {
-    let left = F::BIAS - Maddubs::taken_off(F::BIAS);
+    let left = F::BIAS - <Maddubs as Sweep<F>>::taken_off(F::BIAS);
     let mut dots = [[_mm256_setzero_si256(); H]; R];
     if left != 0 {
         let start = _mm256_set1_epi32(-i32::from(left));

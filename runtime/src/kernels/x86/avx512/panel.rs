@@ -14,9 +14,11 @@ use crate::kernels::acts::Group;
 use crate::kernels::matmul::{Job, PANEL_COLS, Scratch};
 use crate::kernels::memory::LANES;
 use crate::kernels::x86::panel::{
-    Format, HALF, InLarge, InSmall, Panel, STRIDE, SUBS, Sweep, product, sums_of,
+    AHEAD_COLS, Ahead, Format, HALF, InLarge, InSmall, Panel, Rows, STRIDE, SUBS, Sweep, half_of, product,
+    sums_of,
 };
-use crate::kernels::x86::unpack::{Large, Small};
+use crate::kernels::x86::unpack::{Large, Small, f16};
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
@@ -36,7 +38,7 @@ pub(super) unsafe fn as_int8(job: &Job<'_>, scratch: &mut Scratch) {
 
 /// The sweep that fits the number of tokens.
 #[inline(always)]
-unsafe fn many<F: Format>(job: &Job<'_>, scratch: &mut Scratch) {
+unsafe fn many<F: Paired>(job: &Job<'_>, scratch: &mut Scratch) {
     match job.acts.n_tokens() {
         0..=HALF => product::<F, InPairs>(job, scratch),
         _ => product::<F, Vnni>(job, scratch),
@@ -45,7 +47,7 @@ unsafe fn many<F: Format>(job: &Job<'_>, scratch: &mut Scratch) {
 
 struct Vnni;
 
-impl Sweep for Vnni {
+impl<F: Format> Sweep<F> for Vnni {
     type Lanes = Avx512;
 
     /// Nothing: vpdpbusd takes the weights unsigned.
@@ -53,8 +55,14 @@ impl Sweep for Vnni {
         0
     }
 
+    /// Where the rows are swept over once. Beside one of several sweeps it gains nothing, and in tiles of one group, which
+    /// have fewer products, it loses.
+    fn ahead(n_groups: usize) -> Option<usize> {
+        (2..=3).contains(&n_groups).then_some(4)
+    }
+
     #[inline(always)]
-    unsafe fn sweep<F: Format>(panel: &Panel, job: &Job<'_>, n_rows: usize, k0: usize, n: usize) {
+    unsafe fn sweep(panel: &Panel, job: &Job<'_>, n_rows: usize, k0: usize, n: usize) {
         let n_groups = job.acts.n_groups();
         let mut g = 0;
         while g < n_groups {
@@ -79,16 +87,21 @@ unsafe fn groups<F: Format, const R: usize, const G: usize>(
     n: usize,
 ) {
     let acts = each!([job.acts.group(g); G], i => job.acts.group(g + i));
+    let ahead = <Vnni as Sweep<F>>::ahead(job.acts.n_groups()).is_some();
     for r in (0..n_rows).step_by(R) {
         if g == 0 {
             panel.fetch_next(r..r + R);
         }
-        tile::<F, R, G>(panel, &acts, r, g, k0, n);
+        match G > 1 && ahead {
+            true => tile::<F, R, G, true>(panel, &acts, r, g, k0, n),
+            false => tile::<F, R, G, false>(panel, &acts, r, g, k0, n),
+        }
     }
 }
 
+/// `AHEAD`: rows that make way are expanded meanwhile.
 #[inline(always)]
-unsafe fn tile<F: Format, const R: usize, const G: usize>(
+unsafe fn tile<F: Format, const R: usize, const G: usize, const AHEAD: bool>(
     panel: &Panel,
     acts: &[Group<'_>; G],
     r: usize,
@@ -96,6 +109,7 @@ unsafe fn tile<F: Format, const R: usize, const G: usize>(
     k0: usize,
     n: usize,
 ) {
+    let mut ahead = Ahead::<F, Vnni, R>::of_tile(panel, r);
     let mut floats = [[_mm512_setzero_ps(); G]; R];
     for sub in 0..n / F::SUB {
         let at = k0 + sub * F::SUB;
@@ -111,13 +125,24 @@ unsafe fn tile<F: Format, const R: usize, const G: usize>(
             }
         }
         let x = each!([std::ptr::null(); G], j => acts[j].codes[at * LANES..][..F::SUB * LANES].as_ptr());
-        for k in (0..F::SUB).step_by(4) {
-            let x = each!([_mm512_setzero_si512(); G], j => _mm512_loadu_si512(x[j].add(k * LANES).cast()));
-            for i in 0..R {
-                let w = _mm512_set1_epi32(codes.add(i * STRIDE + k).cast::<i32>().read_unaligned());
-                for j in 0..G {
-                    dots[i][j] = _mm512_dpbusd_epi32(dots[i][j], w, x[j]);
+        if AHEAD {
+            sixteen_times!(PART => {
+                let part = PART * AHEAD_COLS;
+                if part < F::SUB {
+                    ahead.at(sub * F::SUB + part);
+                    for k in (part..part + AHEAD_COLS).step_by(4) {
+                        four_columns(&mut dots, codes, &x, k);
+                        for i in 0..R {
+                            for j in 0..G {
+                                dots[i][j] = here(dots[i][j]);
+                            }
+                        }
+                    }
                 }
+            });
+        } else {
+            for k in (0..F::SUB).step_by(4) {
+                four_columns(&mut dots, codes, &x, k);
             }
         }
         scale::<F, R, G>(panel, acts, r, at, sub, &dots, &mut floats);
@@ -127,6 +152,26 @@ unsafe fn tile<F: Format, const R: usize, const G: usize>(
     }
     if F::BLOCK == 32 {
         close::<F, R, G>(panel, acts, r, g, 0, &mut floats);
+    }
+    if AHEAD {
+        ahead.rest(n);
+    }
+}
+
+/// Adds the products of columns `k..k + 4`.
+#[inline(always)]
+unsafe fn four_columns<const R: usize, const G: usize>(
+    dots: &mut [[__m512i; G]; R],
+    codes: *const u8,
+    x: &[*const i8; G],
+    k: usize,
+) {
+    let x = each!([_mm512_setzero_si512(); G], j => _mm512_loadu_si512(x[j].add(k * LANES).cast()));
+    for i in 0..R {
+        let w = _mm512_set1_epi32(codes.add(i * STRIDE + k).cast::<i32>().read_unaligned());
+        for j in 0..G {
+            dots[i][j] = _mm512_dpbusd_epi32(dots[i][j], w, x[j]);
+        }
     }
 }
 
@@ -217,32 +262,26 @@ const PAIRS: usize = LANES / 2;
 /// 0..128 in the place of the first row, the rest in that of the second. Scales and offsets are [sub-block][2].
 struct InPairs;
 
-impl Sweep for InPairs {
+impl<F: Paired> Sweep<F> for InPairs {
     type Lanes = Avx512;
+    const ROWS: usize = 2;
+    const STEPS: usize = 2;
 
-    fn taken_off(bias: u8) -> u8 {
-        Vnni::taken_off(bias)
+    fn taken_off(_bias: u8) -> u8 {
+        0
     }
 
     #[inline(always)]
-    unsafe fn arrange(panel: &Panel, n_rows: usize) {
-        for r in (0..n_rows).step_by(2) {
-            let [a, b] = [panel.codes.add(r * STRIDE), panel.codes.add((r + 1) * STRIDE)];
-            let of_row = |row: *mut u8| each!([_mm512_setzero_si512(); 4], v => _mm512_loadu_si512(row.add(64 * v).cast()));
-            let (x, y) = (of_row(a), of_row(b));
-            for v in 0..4 {
-                let to = [a, b][64 * v / HALF_COLS].add(128 * v % (2 * HALF_COLS));
-                store_pair(to.cast(), x[v], y[v]);
-            }
-            for of in [panel.scales, panel.offsets] {
-                let to = of.add(r * SUBS).cast::<i32>();
-                store_pair(to, _mm512_loadu_si512(to.cast()), _mm512_loadu_si512(to.add(SUBS).cast()));
-            }
-        }
+    unsafe fn expand(half: usize, rows: &Rows, _: *mut F::Prepared) {
+        F::expand_pair(half, rows);
+    }
+
+    fn ahead(_n_groups: usize) -> Option<usize> {
+        Some(2 * PAIRS)
     }
 
     #[inline(always)]
-    unsafe fn sweep<F: Format>(panel: &Panel, job: &Job<'_>, n_rows: usize, k0: usize, n: usize) {
+    unsafe fn sweep(panel: &Panel, job: &Job<'_>, n_rows: usize, k0: usize, n: usize) {
         let acts = job.acts.group(0);
         for r in (0..n_rows).step_by(2 * PAIRS) {
             pairs::<F>(panel, &acts, r, k0, n);
@@ -261,13 +300,82 @@ impl Sweep for InPairs {
     }
 }
 
-/// Stores the dwords of `a` and `b` by turns.
+/// A format that can be expanded in pairs of rows.
+trait Paired: Format {
+    /// Expands a half of the columns of two rows.
+    unsafe fn expand_pair(half: usize, rows: &Rows);
+}
+
+impl<F: Small> Paired for InSmall<F> {
+    #[inline(always)]
+    unsafe fn expand_pair(half: usize, rows: &Rows) {
+        for b in half_of(half, rows.n_cols) {
+            let block = each!([rows.blocks[0]; 2], i => rows.blocks[i].add(b * F::BYTES));
+            put_pair(rows, b, F::codes(block[0]), F::codes(block[1]));
+            for i in 0..2 {
+                *rows.to.scales.add(2 * b + i) = f16(block[i]);
+                if F::HAS_M {
+                    *rows.to.offsets.add(2 * b + i) = f16(block[i].add(2));
+                }
+            }
+        }
+    }
+}
+
+impl<F: Large> Paired for InLarge<F> {
+    #[inline(always)]
+    unsafe fn expand_pair(half: usize, rows: &Rows) {
+        let [a, b, ..] = rows.blocks;
+        if half == 0 {
+            put_pair(rows, 0, F::codes(a, 0), F::codes(b, 0));
+            put_pair(rows, 1, F::codes(a, 1), F::codes(b, 1));
+            put_pair(rows, 2, F::codes(a, 2), F::codes(b, 2));
+            put_pair(rows, 3, F::codes(a, 3), F::codes(b, 3));
+            put_pair_scaled::<F>(
+                rows.to.scales,
+                F::scales(a),
+                F::scales(b),
+                f16(a.add(F::D)),
+                f16(b.add(F::D)),
+            );
+        } else {
+            put_pair(rows, 4, F::codes(a, 4), F::codes(b, 4));
+            put_pair(rows, 5, F::codes(a, 5), F::codes(b, 5));
+            put_pair(rows, 6, F::codes(a, 6), F::codes(b, 6));
+            put_pair(rows, 7, F::codes(a, 7), F::codes(b, 7));
+            if F::HAS_MINS {
+                put_pair_scaled::<F>(
+                    rows.to.offsets,
+                    F::mins(a),
+                    F::mins(b),
+                    -f16(a.add(F::DMIN)),
+                    -f16(b.add(F::DMIN)),
+                );
+            }
+        }
+    }
+}
+
+/// Stores the codes of columns `32 j..` of two rows.
 #[inline(always)]
-unsafe fn store_pair(to: *mut i32, a: __m512i, b: __m512i) {
-    let low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-    let high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-    _mm512_storeu_si512(to.cast(), _mm512_permutex2var_epi32(a, low, b));
-    _mm512_storeu_si512(to.add(LANES).cast(), _mm512_permutex2var_epi32(a, high, b));
+unsafe fn put_pair(rows: &Rows, j: usize, a: __m256i, b: __m256i) {
+    let by_turns = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    let both = _mm512_permutex2var_epi32(_mm512_castsi256_si512(a), by_turns, _mm512_castsi256_si512(b));
+    let to = rows.to.codes.add(32 * j / HALF_COLS * STRIDE + 32 * j % HALF_COLS * 2);
+    _mm512_storeu_si512(to.cast(), both);
+}
+
+/// Stores one number per sub-block of a block of two rows each, times `d`.
+#[inline(always)]
+unsafe fn put_pair_scaled<F: Large>(to: *mut f32, a: __m128i, b: __m128i, d_a: f32, d_b: f32) {
+    let d = [d_a, d_b];
+    let d = both(d.as_ptr());
+    let by_turns = _mm_unpacklo_epi8(a, b);
+    _mm512_storeu_ps(to, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(by_turns)), d));
+    if F::SUB == 16 {
+        let by_turns = _mm_unpackhi_epi8(a, b);
+        _mm512_storeu_ps(to.add(LANES), _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(by_turns)), d));
+    }
 }
 
 /// Eight dwords, each twice.
@@ -285,7 +393,8 @@ unsafe fn both(x: *const f32) -> __m512 {
 
 /// Rows `r..r + 16` in pairs times the tokens of a group's first half.
 #[inline(always)]
-unsafe fn pairs<F: Format>(panel: &Panel, acts: &Group<'_>, r: usize, k0: usize, n: usize) {
+unsafe fn pairs<F: Paired>(panel: &Panel, acts: &Group<'_>, r: usize, k0: usize, n: usize) {
+    let mut ahead = Ahead::<F, InPairs, { 2 * PAIRS }>::of_tile(panel, r);
     let mut floats = [_mm512_setzero_ps(); PAIRS];
     let n_subs = n / F::SUB;
     for sub in 0..n_subs {
@@ -300,18 +409,21 @@ unsafe fn pairs<F: Format>(panel: &Panel, acts: &Group<'_>, r: usize, k0: usize,
         };
         let mut dots = [start; PAIRS];
         let x = acts.codes[at * LANES..][..F::SUB * LANES].as_ptr();
-        // A sub-block lies in one half of the columns, or is both.
-        for first in (0..F::SUB).step_by(HALF_COLS) {
-            let k = sub * F::SUB + first;
-            let codes = panel.codes.add(r * STRIDE + k / HALF_COLS * STRIDE + k % HALF_COLS * 2);
-            for k in (0..F::SUB.min(HALF_COLS)).step_by(4) {
-                let x = twice(x.add((first + k) * LANES).cast());
-                for i in 0..PAIRS {
-                    let w = codes.add(2 * i * STRIDE + 2 * k).cast::<i64>().read_unaligned();
-                    dots[i] = _mm512_dpbusd_epi32(dots[i], _mm512_set1_epi64(w), x);
+        sixteen_times!(PART => {
+            let part = PART * AHEAD_COLS;
+            if part < F::SUB {
+                let k = sub * F::SUB + part;
+                ahead.at(k);
+                let codes = panel.codes.add(r * STRIDE + k / HALF_COLS * STRIDE + k % HALF_COLS * 2);
+                for k in (0..AHEAD_COLS).step_by(4) {
+                    let x = twice(x.add((part + k) * LANES).cast());
+                    for i in 0..PAIRS {
+                        let w = codes.add(2 * i * STRIDE + 2 * k).cast::<i64>().read_unaligned();
+                        dots[i] = here(_mm512_dpbusd_epi32(dots[i], _mm512_set1_epi64(w), x));
+                    }
                 }
             }
-        }
+        });
         let sums = scaled::<F>(sums, x_scales);
         for i in 0..PAIRS {
             let of_pair = (r + 2 * i) * SUBS + 2 * sub;
@@ -330,10 +442,21 @@ unsafe fn pairs<F: Format>(panel: &Panel, acts: &Group<'_>, r: usize, k0: usize,
             }
         }
     }
+    ahead.rest(n);
     if F::BLOCK == 32 {
         for i in 0..PAIRS {
             let to = panel.sums(0, r + i);
             _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), floats[i]));
         }
     }
+}
+
+/// `x`, computed here. Else the compiler would gather what computes it where it is used, behind all of what stands between,
+/// and keep what it needs for that in memory; and would load here what is needed only later.
+#[target_feature(enable = "avx512f")]
+#[inline]
+unsafe fn here(mut x: __m512i) -> __m512i {
+    // SAFETY: no instruction at all.
+    asm!("/* {0} */", inout(zmm_reg) x, options(nostack, preserves_flags));
+    x
 }
