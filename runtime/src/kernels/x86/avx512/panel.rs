@@ -55,10 +55,10 @@ impl<F: Format> Sweep<F> for Vnni {
         0
     }
 
-    /// Where the rows are swept over once. Beside one of several sweeps it gains nothing, and in tiles of one group, which
-    /// have fewer products, it loses.
+    /// Where the rows are swept over once, and a tile is one sub-block, so that the compiler knows which step is when.
+    /// Beside one of several sweeps it gains nothing, and in tiles of one group, which have fewer products, it loses.
     fn ahead(n_groups: usize) -> Option<usize> {
-        (2..=3).contains(&n_groups).then_some(4)
+        (F::SUB == PANEL_COLS && (2..=3).contains(&n_groups)).then_some(4)
     }
 
     #[inline(always)]
@@ -92,14 +92,14 @@ unsafe fn groups<F: Format, const R: usize, const G: usize>(
         if g == 0 {
             panel.fetch_next(r..r + R);
         }
-        match G > 1 && ahead {
+        match F::SUB == PANEL_COLS && G > 1 && ahead {
             true => tile::<F, R, G, true>(panel, &acts, r, g, k0, n),
             false => tile::<F, R, G, false>(panel, &acts, r, g, k0, n),
         }
     }
 }
 
-/// `AHEAD`: rows that make way are expanded meanwhile.
+/// `AHEAD`: rows that make way are expanded meanwhile, for a sub-block as wide as the panel.
 #[inline(always)]
 unsafe fn tile<F: Format, const R: usize, const G: usize, const AHEAD: bool>(
     panel: &Panel,
@@ -127,15 +127,12 @@ unsafe fn tile<F: Format, const R: usize, const G: usize, const AHEAD: bool>(
         let x = each!([std::ptr::null(); G], j => acts[j].codes[at * LANES..][..F::SUB * LANES].as_ptr());
         if AHEAD {
             sixteen_times!(PART => {
-                let part = PART * AHEAD_COLS;
-                if part < F::SUB {
-                    ahead.at(sub * F::SUB + part);
-                    for k in (part..part + AHEAD_COLS).step_by(4) {
-                        four_columns(&mut dots, codes, &x, k);
-                        for i in 0..R {
-                            for j in 0..G {
-                                dots[i][j] = here(dots[i][j]);
-                            }
+                ahead.at(PART * AHEAD_COLS);
+                for k in (PART * AHEAD_COLS..(PART + 1) * AHEAD_COLS).step_by(4) {
+                    four_columns(&mut dots, codes, &x, k);
+                    for i in 0..R {
+                        for j in 0..G {
+                            dots[i][j] = here(dots[i][j]);
                         }
                     }
                 }
@@ -152,9 +149,6 @@ unsafe fn tile<F: Format, const R: usize, const G: usize, const AHEAD: bool>(
     }
     if F::BLOCK == 32 {
         close::<F, R, G>(panel, acts, r, g, 0, &mut floats);
-    }
-    if AHEAD {
-        ahead.rest(n);
     }
 }
 
