@@ -339,6 +339,7 @@ pub(super) unsafe fn product<F: Format, S: Sweep<F>>(job: &Job<'_>, scratch: &mu
 /// Expands some rows of the panel.
 #[inline(always)]
 unsafe fn fill<F: Format, S: Sweep<F>>(panel: &Panel, rows: Range<usize>) {
+    const { assert!(S::STEPS <= 16) }
     let mut prepared = [const { MaybeUninit::<F::Prepared>::uninit() }; PANEL_ROWS];
     // All are prepared first, so that none waits for the one before it.
     for r in rows.clone().step_by(S::ROWS) {

@@ -46,7 +46,7 @@ impl Format for AsInt8 {
 #[repr(C, align(64))]
 pub(in crate::kernels::x86) struct Tables {
     head: Head,
-    /// The values of codes 0 without `start`, and of a step.
+    /// Of two blocks each.
     ends: [Ends; 2],
     /// 16 bits each, of two blocks each.
     steps: [__m256i; 2],
@@ -55,7 +55,7 @@ pub(in crate::kernels::x86) struct Tables {
     scales: [f32; FOUR],
 }
 
-/// What the sub-blocks of two blocks express.
+/// What the sub-blocks of two blocks express, eight lanes each.
 #[derive(Clone, Copy)]
 struct Ends {
     /// From a code to the next.
@@ -66,7 +66,7 @@ struct Ends {
     largest: __m512,
 }
 
-/// A step of an expansion each, but for the last, which is one for each half of a block.
+/// Each is a step of an expansion; the last is taken for every half of every block.
 impl Tables {
     /// Reads scales and minimums of the blocks at `p`.
     #[inline(always)]
