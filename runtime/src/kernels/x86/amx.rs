@@ -10,7 +10,7 @@
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for the instruction set and for `Matmul`'s contract alone
 
 use super::avx512::{self, AsInt8, Avx512, close, ends_block, scale};
-use super::panel::{Format, HALF, InLarge, InSmall, Panel, STRIDE, Sweep, product};
+use super::panel::{Format, HALF, InLarge, InSmall, Panel, Rows, STRIDE, Sweep, product};
 use super::unpack::{self, Large, Small, by_type};
 use crate::kernels;
 use crate::kernels::acts::Group;
@@ -127,9 +127,10 @@ struct Amx;
 impl<F: Format> Sweep<F> for Amx {
     type Lanes = Avx512;
 
-    /// All of it: the tiles multiply signed bytes.
-    fn taken_off(bias: u8) -> u8 {
-        bias
+    /// All of the bias is taken off: the tiles multiply signed bytes.
+    #[inline(always)]
+    unsafe fn expand(step: usize, rows: &Rows, prepared: *mut F::Prepared) {
+        F::expand(step, rows, F::BIAS, prepared);
     }
 
     #[inline(always)]

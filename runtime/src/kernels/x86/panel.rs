@@ -45,7 +45,7 @@ pub(super) struct Panel {
 }
 
 impl Panel {
-    fn new(scratch: &mut Scratch, source: Source) -> Self {
+    fn new(scratch: &mut Scratch, this: Source, next: Option<Source>) -> Self {
         assert!(
             scratch.panel.len() * 4 >= PANEL_ROWS * STRIDE && scratch.scales.len() >= 2 * PANEL_ROWS * SUBS
         );
@@ -56,8 +56,8 @@ impl Panel {
             offsets: offsets.as_mut_ptr(),
             sums: scratch.sums.as_mut_ptr(),
             tiles: scratch.tiles.as_mut_ptr(),
-            this: source,
-            next: None,
+            this,
+            next,
         }
     }
 
@@ -279,13 +279,8 @@ pub(super) trait Sweep<F: Format> {
     /// Rows that are expanded together, four at most, and in how many steps.
     const ROWS: usize = FOUR;
     const STEPS: usize = F::STEPS;
-    /// A step of expanding them.
-    #[inline(always)]
-    unsafe fn expand(step: usize, rows: &Rows, prepared: *mut F::Prepared) {
-        F::expand(step, rows, Self::taken_off(F::BIAS), prepared);
-    }
-    /// What expansion takes off a code that has `bias`; the rest is left to the products.
-    fn taken_off(bias: u8) -> u8;
+    /// A step of expanding them; what of a code's bias is not taken off then is left to the products.
+    unsafe fn expand(step: usize, rows: &Rows, prepared: *mut F::Prepared);
     /// Rows of a tile, if the sweep over this many groups of tokens expands the next panel [`Ahead`].
     fn ahead(_n_groups: usize) -> Option<usize> {
         None
@@ -306,17 +301,16 @@ pub(super) unsafe fn product<F: Format, S: Sweep<F>>(job: &Job<'_>, scratch: &mu
     let (n_tokens, n_groups, cols) = (job.acts.n_tokens(), job.acts.n_groups(), job.weights.cols);
     let of_rows = |row0| (0..cols).step_by(PANEL_COLS).map(move |k0| (row0, k0));
     let mut places = job.rows.clone().step_by(PANEL_ROWS).flat_map(of_rows).peekable();
-    let Some(&first) = places.peek() else { return };
-    let mut panel = Panel::new(scratch, Source::of::<F>(job, first));
     while let Some((row0, k0)) = places.next() {
-        panel.this = Source::of::<F>(job, (row0, k0));
-        panel.next = places.peek().map(|&place| Source::of::<F>(job, place));
-        let Source { n_rows, n_cols, .. } = panel.this;
         if k0 == 0 {
             scratch.sums[..n_groups * PANEL_ROWS * LANES].fill(0.0);
         }
+        let next = places.peek().map(|&place| Source::of::<F>(job, place));
+        let panel = Panel::new(scratch, Source::of::<F>(job, (row0, k0)), next);
+        let Source { n_rows, n_cols, .. } = panel.this;
+        let is_first = k0 == 0 && row0 == job.rows.start;
         match S::ahead(n_groups) {
-            Some(tile) if n_rows > tile && (row0, k0) == first => fill::<F, S>(&panel, 0..panel.late(tile)),
+            Some(tile) if n_rows > tile && is_first => fill::<F, S>(&panel, 0..panel.late(tile)),
             Some(tile) if n_rows > tile => (),
             _ => fill::<F, S>(&panel, 0..n_rows),
         }

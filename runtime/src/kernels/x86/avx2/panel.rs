@@ -10,7 +10,7 @@ use crate::kernels::acts::Group;
 use crate::kernels::matmul::{Job, Scratch};
 use crate::kernels::memory::LANES;
 use crate::kernels::x86::panel::{
-    Format, HALF, InLarge, InSmall, Panel, STRIDE, SUBS, Sweep, product, sums_of,
+    Format, HALF, InLarge, InSmall, Panel, Rows, STRIDE, SUBS, Sweep, product, sums_of,
 };
 use crate::kernels::x86::unpack::{Large, Small};
 use std::arch::x86_64::*;
@@ -32,9 +32,9 @@ impl<F: Format> Sweep<F> for Maddubs {
     /// Between its tiles, fetching costs 3 %.
     const FETCHES_NEXT: bool = false;
 
-    /// That of codes of 8 bits, which are multiplied by size and sign; smaller ones unsigned.
-    fn taken_off(bias: u8) -> u8 {
-        if bias == 128 { 128 } else { 0 }
+    #[inline(always)]
+    unsafe fn expand(step: usize, rows: &Rows, prepared: *mut F::Prepared) {
+        F::expand(step, rows, taken_off(F::BIAS), prepared);
     }
 
     #[inline(always)]
@@ -46,6 +46,12 @@ impl<F: Format> Sweep<F> for Maddubs {
             }
         }
     }
+}
+
+/// What expansion takes off a code that has `bias`: that of codes of 8 bits, which are multiplied by size and sign; smaller
+/// ones are unsigned.
+const fn taken_off(bias: u8) -> u8 {
+    if bias == 128 { 128 } else { 0 }
 }
 
 /// All rows times the tokens of group `g`, or its first eight, `R` rows at a time.
@@ -122,7 +128,7 @@ unsafe fn dots<F: Format, const R: usize, const H: usize>(
     at: usize,
     sums: &[__m256i; H],
 ) -> [[__m256i; H]; R] {
-    let left = F::BIAS - <Maddubs as Sweep<F>>::taken_off(F::BIAS);
+    let left = F::BIAS - taken_off(F::BIAS);
     let mut dots = [[_mm256_setzero_si256(); H]; R];
     if left != 0 {
         let start = _mm256_set1_epi32(-i32::from(left));

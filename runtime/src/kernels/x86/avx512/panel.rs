@@ -50,9 +50,10 @@ struct Vnni;
 impl<F: Format> Sweep<F> for Vnni {
     type Lanes = Avx512;
 
-    /// Nothing: vpdpbusd takes the weights unsigned.
-    fn taken_off(_bias: u8) -> u8 {
-        0
+    /// Nothing is taken off: vpdpbusd takes the weights unsigned.
+    #[inline(always)]
+    unsafe fn expand(step: usize, rows: &Rows, prepared: *mut F::Prepared) {
+        F::expand(step, rows, 0, prepared);
     }
 
     /// Where the rows are swept over once, and a tile is one sub-block, so that the compiler knows which step is when.
@@ -87,12 +88,12 @@ unsafe fn groups<F: Format, const R: usize, const G: usize>(
     n: usize,
 ) {
     let acts = each!([job.acts.group(g); G], i => job.acts.group(g + i));
-    let ahead = <Vnni as Sweep<F>>::ahead(job.acts.n_groups()).is_some();
+    let ahead = <Vnni as Sweep<F>>::ahead(job.acts.n_groups()) == Some(R);
     for r in (0..n_rows).step_by(R) {
         if g == 0 {
             panel.fetch_next(r..r + R);
         }
-        match F::SUB == PANEL_COLS && G > 1 && ahead {
+        match ahead {
             true => tile::<F, R, G, true>(panel, &acts, r, g, k0, n),
             false => tile::<F, R, G, false>(panel, &acts, r, g, k0, n),
         }
@@ -260,10 +261,6 @@ impl<F: Paired> Sweep<F> for InPairs {
     type Lanes = Avx512;
     const ROWS: usize = 2;
     const STEPS: usize = 2;
-
-    fn taken_off(_bias: u8) -> u8 {
-        0
-    }
 
     #[inline(always)]
     unsafe fn expand(half: usize, rows: &Rows, _: *mut F::Prepared) {
