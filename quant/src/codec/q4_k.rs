@@ -67,9 +67,10 @@ pub fn codes(block: &[u8; BYTES]) -> [i8; LEN] {
 /// Stores the codes.
 #[inline(always)]
 fn put_codes(codes: &[u8; LEN], out: &mut [u8; BYTES]) {
-    for (i, byte) in out[QS..].iter_mut().enumerate() {
-        let at = i / 32 * 64 + i % 32;
-        *byte = codes[at] | codes[at + 32] << 4;
+    for (bytes, codes) in out[QS..].as_chunks_mut::<32>().0.iter_mut().zip(codes.as_chunks::<64>().0) {
+        for (i, byte) in bytes.iter_mut().enumerate() {
+            *byte = codes[i] | codes[i + 32] << 4;
+        }
     }
 }
 

@@ -5,9 +5,19 @@
 
 use super::{
     Codes, ErrorWeight, Lanes, STARTS, Sub, TINY, Tile, add, any_less, integers, inverse, limit, low_byte,
-    map, map2, mean_square, ratio, round, round_f16, start_factor, total,
+    map, map2, mean_square, nearest, ratio, round, round_f16, start_factor, store, total,
 };
 use crate::codec::{Group, groups};
+
+/// An array of what the expression is for each number. In a loop over candidates around one over lanes the compiler would
+/// take the candidates as lanes, and scatter and gather.
+macro_rules! each {
+    ($c:ident in [$($n:literal)*] => $of:expr) => { [$({ let $c: usize = $n; $of }),*] };
+}
+
+/// Candidates that are tried in one pass over a sub-block. A pass alone is short, and what it begins and ends with would
+/// take as long as half of it.
+const TOGETHER: usize = 3;
 
 /// What a search tries.
 #[derive(Clone, Copy)]
@@ -33,6 +43,21 @@ pub struct Fit<const L: usize> {
     pub min: Lanes<L>,
 }
 
+/// A fit whose error is measured, and `1 / scale`.
+#[derive(Clone, Copy)]
+struct Trial<const L: usize> {
+    scale: Lanes<L>,
+    min: Lanes<L>,
+    inverse: Lanes<L>,
+}
+
+impl<const L: usize> Trial<L> {
+    #[inline(always)]
+    fn of(Fit { scale, min }: Fit<L>) -> Self {
+        Self { scale, min, inverse: inverse(&scale) }
+    }
+}
+
 /// Sums over a sub-block that do not depend on codes.
 #[derive(Clone, Copy)]
 struct Totals<const L: usize> {
@@ -41,6 +66,7 @@ struct Totals<const L: usize> {
 }
 
 /// Sums over a sub-block for given codes q.
+#[derive(Clone, Copy)]
 struct Sums<const L: usize> {
     wq: Lanes<L>,
     wqq: Lanes<L>,
@@ -48,42 +74,45 @@ struct Sums<const L: usize> {
 }
 
 impl<const N: usize, const L: usize> Sub<N, L> {
-    /// `code(i, l)` is the code of weight i in lane l.
+    /// The sums for `C` candidates; `code(c, i, l)` is the candidate's code of weight i in lane l.
     #[inline(always)]
-    fn affine_sums(&self, code: impl Fn(usize, usize) -> f32) -> Sums<L> {
-        let mut s = Sums { wq: [0.0; L], wqq: [0.0; L], wqx: [0.0; L] };
+    fn affine_sums<const C: usize>(&self, code: impl Fn(usize, usize, usize) -> f32) -> [Sums<L>; C] {
+        let mut sums = [Sums { wq: [0.0; L], wqq: [0.0; L], wqx: [0.0; L] }; C];
         for (i, (x, w)) in self.x.iter().zip(&self.w).enumerate() {
-            for l in 0..L {
-                let q = code(i, l);
-                let wq = w[l] * q;
-                s.wq[l] += wq;
-                s.wqq[l] += wq * q;
-                s.wqx[l] += wq * x[l];
+            for (c, s) in sums.iter_mut().enumerate() {
+                for l in 0..L {
+                    let q = code(c, i, l);
+                    let wq = w[l] * q;
+                    s.wq[l] += wq;
+                    s.wqq[l] += wq * q;
+                    s.wqx[l] += wq * x[l];
+                }
             }
         }
-        s
+        sums
     }
 
     /// The code of weight i in lane l.
     #[inline(always)]
     fn affine_code(&self, inverse: &Lanes<L>, min: &Lanes<L>, n_max: f32) -> impl Fn(usize, usize) -> f32 {
-        move |i, l| limit(round((self.x[i][l] + min[l]) * inverse[l]), 0.0, n_max)
+        move |i, l| nearest::<L>((self.x[i][l] + min[l]) * inverse[l], n_max)
     }
 
-    /// Weighted squared error of each lane after rounding with this fit.
+    /// Weighted squared errors of each lane after rounding with each of these fits.
     #[inline(always)]
-    fn affine_error(&self, fit: &Fit<L>, n_max: f32) -> Lanes<L> {
-        let inverse = inverse(&fit.scale);
-        let mut error = [0.0; L];
+    fn affine_errors<const C: usize>(&self, trials: &[Trial<L>; C], n_max: f32) -> [Lanes<L>; C] {
+        let mut errors = [[0.0; L]; C];
         for (x, w) in self.x.iter().zip(&self.w) {
-            for l in 0..L {
-                let y = x[l] + fit.min[l];
-                let q = limit(round(y * inverse[l]), 0.0, n_max);
-                let e = y - fit.scale[l] * q;
-                error[l] += w[l] * (e * e);
+            for (error, Trial { scale, min, inverse }) in errors.iter_mut().zip(trials) {
+                for l in 0..L {
+                    let y = x[l] + min[l];
+                    let q = nearest::<L>(y * inverse[l], n_max);
+                    let e = y - scale[l] * q;
+                    error[l] += w[l] * (e * e);
+                }
             }
         }
-        error
+        errors
     }
 
     /// The best scale and offset of each lane on its own: for each candidate scale and offset the codes, for the codes
@@ -108,31 +137,35 @@ impl<const N: usize, const L: usize> Sub<N, L> {
         // First the smallest weight on code 0, so that none falls below it ...
         let mut above = self.x;
         for x in &mut above {
-            for l in 0..L {
-                x[l] -= lo[l];
-            }
+            let shifted = map2(x, &lo, |x, lo| x - lo);
+            store(x, shifted);
         }
-        for k in 0..search.n {
-            let inverse = inverse_of(k);
-            let code = |i: usize, l: usize| {
-                let q = round(above[i][l] * inverse[l]);
-                if q < search.n_max { q } else { search.n_max }
-            };
-            best.offer(&self.affine_sums(code), totals, search);
+        for k in (0..search.n).step_by(TOGETHER) {
+            let inverses = each!(c in [0 1 2] => inverse_of(k + c));
+            let code =
+                |c: usize, i: usize, l: usize| nearest::<L>(above[i][l] * inverses[c][l], search.n_max);
+            let sums = self.affine_sums::<TOGETHER>(code);
+            each!(c in [0 1 2] => best.offer(&sums[c], totals, search, k + c));
         }
         // ... then half a step below.
-        for k in 0..search.n {
-            let inverse = inverse_of(k);
-            let min = map2(&inverse, &lo, |inverse, lo| {
+        for k in (0..search.n).step_by(TOGETHER) {
+            let inverses = each!(c in [0 1 2] => inverse_of(k + c));
+            let mins = each!(c in [0 1 2] => map2(&inverses[c], &lo, |inverse, lo| {
                 let half = 0.5 / inverse;
                 let min = if inverse > 0.0 { -lo - half } else { -lo };
                 if search.min_not_negative && min < 0.0 { 0.0 } else { min }
-            });
-            best.offer(&self.affine_sums(self.affine_code(&inverse, &min, search.n_max)), totals, search);
+            }));
+            let code = |c: usize, i: usize, l: usize| {
+                nearest::<L>((self.x[i][l] + mins[c][l]) * inverses[c][l], search.n_max)
+            };
+            let sums = self.affine_sums::<TOGETHER>(code);
+            each!(c in [0 1 2] => best.offer(&sums[c], totals, search, k + c));
         }
         for _ in 0..2 {
             let (inverse, min) = (inverse(&best.fit.scale), best.fit.min);
-            best.offer(&self.affine_sums(self.affine_code(&inverse, &min, search.n_max)), totals, search);
+            let code = self.affine_code(&inverse, &min, search.n_max);
+            let [s] = self.affine_sums(|_, i, l| code(i, l));
+            best.offer(&s, totals, search, 0);
         }
         best.fit
     }
@@ -172,7 +205,10 @@ struct Best<const L: usize> {
 impl<const L: usize> Best<L> {
     /// Takes the least-squares fit for codes with these sums where it is better.
     #[inline(always)]
-    fn offer(&mut self, s: &Sums<L>, t: &Totals<L>, search: &Search) {
+    fn offer(&mut self, s: &Sums<L>, t: &Totals<L>, search: &Search, k: usize) {
+        if k >= search.n {
+            return;
+        }
         let (mut scale, mut min) = ([0.0; L], [0.0; L]);
         for l in 0..L {
             let det = t.w[l] * s.wqq[l] - s.wq[l] * s.wq[l];
@@ -258,7 +294,7 @@ impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
         let mut blocks = with_dmin(&with_d(&zero, &d), &dmin);
         let mut error = [[0.0; L]; S];
         for j in 0..S {
-            error[j] = self.0[j].affine_error(&blocks.fit(j), search.n_max);
+            [error[j]] = self.0[j].affine_errors(&[Trial::of(blocks.fit(j))], search.n_max);
         }
         for k in 1..STARTS {
             let factor = start_factor(k, sub_max);
@@ -292,7 +328,7 @@ impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
         let best = total(error);
         let (mut e, mut sum) = ([[0.0; L]; S], [0.0; L]);
         for j in 0..S {
-            e[j] = self.0[j].affine_error(&trial.fit(j), n_max);
+            [e[j]] = self.0[j].affine_errors(&[Trial::of(trial.fit(j))], n_max);
             add(&mut sum, &e[j]);
             // Errors are not negative: the sum only grows.
             if !any_less(&sum, &best) {
@@ -321,21 +357,25 @@ impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
         n_max: f32,
         sub_max: f32,
     ) {
-        const STEPS: [(f32, f32); 8] =
-            [(-1., 0.), (1., 0.), (0., -1.), (0., 1.), (-1., -1.), (1., 1.), (-1., 1.), (1., -1.)];
+        const STEPS: [[(f32, f32); 4]; 2] =
+            [[(-1., 0.), (1., 0.), (0., -1.), (0., 1.)], [(-1., -1.), (1., 1.), (-1., 1.), (1., -1.)]];
         for j in 0..S {
             let (from_sc, from_m) = (blocks.sc[j], blocks.m[j]);
-            for (dsc, dm) in STEPS {
-                let sc = map(&from_sc, |v| limit(v + dsc, 0.0, sub_max));
-                let m = map(&from_m, |v| limit(v + dm, 0.0, sub_max));
-                let e = self.0[j].affine_error(&fit_of(&blocks.d, &blocks.dmin, &sc, &m), n_max);
-                for l in 0..L {
-                    let better = e[l] < error[j][l];
-                    error[j][l] = if better { e[l] } else { error[j][l] };
-                    blocks.sc[j][l] = if better { sc[l] } else { blocks.sc[j][l] };
-                    blocks.m[j][l] = if better { m[l] } else { blocks.m[j][l] };
-                }
+            let (mut best_error, mut best_sc, mut best_m) = (error[j], from_sc, from_m);
+            for steps in STEPS {
+                let sc = each!(c in [0 1 2 3] => map(&from_sc, |v| limit(v + steps[c].0, 0.0, sub_max)));
+                let m = each!(c in [0 1 2 3] => map(&from_m, |v| limit(v + steps[c].1, 0.0, sub_max)));
+                let trials =
+                    each!(c in [0 1 2 3] => Trial::of(fit_of(&blocks.d, &blocks.dmin, &sc[c], &m[c])));
+                let errors = self.0[j].affine_errors(&trials, n_max);
+                each!(c in [0 1 2 3] => {
+                    let better = map2(&errors[c], &best_error, |e, best| if e < best { 1.0 } else { 0.0 });
+                    best_error = choose(&better, &errors[c], &best_error);
+                    best_sc = choose(&better, &sc[c], &best_sc);
+                    best_m = choose(&better, &m[c], &best_m);
+                });
             }
+            (error[j], blocks.sc[j], blocks.m[j]) = (best_error, best_sc, best_m);
         }
     }
 
@@ -352,7 +392,9 @@ impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
         for j in 0..S {
             let fit = blocks.fit(j);
             let sub = &self.0[j];
-            let s = sub.affine_sums(sub.affine_code(&inverse(&fit.scale), &fit.min, n_max));
+            let (inverse, min) = (inverse(&fit.scale), fit.min);
+            let code = sub.affine_code(&inverse, &min, n_max);
+            let [s] = sub.affine_sums(|_, i, l| code(i, l));
             for l in 0..L {
                 let (sc, m) = (blocks.sc[j][l], blocks.m[j][l]);
                 aa[l] += sc * sc * s.wqq[l];
@@ -385,10 +427,11 @@ impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
         for (j, sub) in self.0.iter().enumerate() {
             let Fit { scale, min } = fit(j);
             let inverse = inverse(&scale);
-            let code = sub.affine_code(&inverse, &min, n_max);
-            for i in 0..N {
+            for (i, x) in sub.x.iter().enumerate() {
                 for (l, codes) in codes.iter_mut().enumerate() {
-                    codes[j * N + i] = low_byte(code(i, l));
+                    // Not `nearest`: here what becomes of a NaN shows.
+                    let code = limit(round((x[l] + min[l]) * inverse[l]), 0.0, n_max);
+                    codes[j * N + i] = low_byte(code);
                 }
             }
         }
@@ -400,6 +443,16 @@ impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
     pub fn affine_block_codes<const LEN: usize>(&self, blocks: &Blocks<S, L>, n_max: f32) -> Codes<LEN, L> {
         self.affine_codes(|j| blocks.fit(j), n_max)
     }
+}
+
+/// `a` where `which` is not 0, else `b`.
+#[inline(always)]
+fn choose<const L: usize>(which: &Lanes<L>, a: &Lanes<L>, b: &Lanes<L>) -> Lanes<L> {
+    let mut out = [0.0; L];
+    for l in 0..L {
+        out[l] = if which[l] != 0.0 { a[l] } else { b[l] };
+    }
+    out
 }
 
 /// Raises `top` to `x` where that is larger.

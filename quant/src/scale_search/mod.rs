@@ -95,19 +95,26 @@ impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
             let mean_square = mean_squares(x.iter());
             let rms = map(&mean_square, f32::sqrt);
             for (x, w) in x.iter().zip(w) {
-                for l in 0..L {
-                    w[l] = match weight {
-                        ErrorWeight::Abs(share) => x[l].abs() + share * rms[l],
-                        ErrorWeight::Square => x[l] * x[l] + mean_square[l],
-                        ErrorWeight::Importance(_) | ErrorWeight::ImportanceSigma2(_) => {
-                            w[l] * (sigma2[l] + x[l] * x[l]).sqrt()
-                        }
-                        ErrorWeight::ImportanceOnly => w[l],
-                    };
-                }
+                let new = match weight {
+                    ErrorWeight::Abs(share) => map2(x, &rms, |x, rms| x.abs() + share * rms),
+                    ErrorWeight::Square => map2(x, &mean_square, |x, mean_square| x * x + mean_square),
+                    ErrorWeight::Importance(_) | ErrorWeight::ImportanceSigma2(_) => {
+                        map2(w, &map2(x, &sigma2, |x, sigma2| (sigma2 + x * x).sqrt()), |w, root| w * root)
+                    }
+                    ErrorWeight::ImportanceOnly => *w,
+                };
+                store(w, new);
             }
         }
     }
+}
+
+/// Stores the lanes. In a loop that sums nothing the compiler would rather take sixteen weights of one lane together, and
+/// gather and scatter them; that it does not see what becomes of the lanes keeps it from that.
+#[inline(always)]
+fn store<const L: usize>(to: &mut Lanes<L>, lanes: Lanes<L>) {
+    *to = lanes;
+    std::hint::black_box(to);
 }
 
 /// Mean square of each lane, summed in order.
@@ -170,6 +177,20 @@ pub fn low_byte(integer: f32) -> u8 {
 pub fn limit(x: f32, lo: f32, hi: f32) -> f32 {
     let x = if x < hi { x } else { hi };
     if x > lo { x } else { lo }
+}
+
+/// The nearest integer in `0..=hi`, ties to even; of a NaN any of them.
+#[inline(always)]
+pub fn nearest<const L: usize>(x: f32, hi: f32) -> f32 {
+    if L < 16 {
+        return limit(round(x), 0.0, hi);
+    }
+    // AVX-512 rounds with one instruction, and floats that are not negative are ordered as their bits: minimum and maximum
+    // of integers leave the pipes free that add.
+    let bits = x.round_ties_even().to_bits() as i32;
+    let hi = hi.to_bits() as i32;
+    let bits = if bits < hi { bits } else { hi };
+    f32::from_bits(if bits > 0 { bits } else { 0 } as u32)
 }
 
 /// How many scales of the scales are tried: the one that maps the largest to the largest integer, and further ones that
