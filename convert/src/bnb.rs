@@ -12,15 +12,14 @@ use kestrel_formats::atomic_file::AtomicFile;
 use kestrel_formats::atomic_folder::AtomicFolder;
 use kestrel_formats::checkpoint::write::{Layout, TensorDecl, layout};
 use kestrel_formats::checkpoint::{Checkpoint, Dtype, INDEX_NAME, SINGLE_NAME, SourceTensor};
+use kestrel_formats::disk::DiskFile;
 use kestrel_formats::limits::BNB_BLOCKSIZES;
-use kestrel_formats::map::open_regular;
 use kestrel_formats::{Error, ErrorKind, GgmlType, Result, WeightType};
 use kestrel_quant::codec::scales::{NESTED_BLOCKSIZE, dynamic_map, quantize_scales};
 use kestrel_quant::codec::{bnb4, bnb8, dequantize};
 use kestrel_quant::recipe::Bnb;
 use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, HashMap};
-use std::io::Read;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -553,17 +552,15 @@ impl Recorded {
                 .hint("the disk or the memory is faulty; nothing was kept")
         };
         self.file.commit(|temp| {
-            let mut file = std::io::BufReader::with_capacity(1 << 20, open_regular(temp)?);
-            let (mut at, mut bytes) = (0, Vec::new());
+            let (mut on_disk, mut at) = (DiskFile::open(temp)?, 0);
             for (range, expected) in written {
                 check_cancel(cancel)?;
-                bytes.resize((range.end - range.start) as usize, 0);
-                file.read_exact(&mut bytes).map_err(|e| Error::io(temp, "reading the output back", e))?;
-                if range.start != at || damage_hash(&bytes) != expected {
+                let n_bytes = range.end - range.start;
+                if range.start != at || damage_hash(on_disk.read(at, n_bytes as usize)?) != expected {
                     return Err(damaged(range.start));
                 }
                 at = range.end;
-                progress.bytes(bytes.len() as u64, 0);
+                progress.bytes(n_bytes, 0);
             }
             if at == file_bytes { Ok(()) } else { Err(damaged(at)) }
         })

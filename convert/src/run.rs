@@ -8,6 +8,7 @@ use crate::progress::{Phase, Progress};
 use crate::rows::{Quantizing, Rows, pieces};
 use crate::stream::{Piece, Streaming, check_cancel, damage_hash, join, stream, thread_refused};
 use kestrel_formats::atomic_file::{AtomicFile, Run, same_file};
+use kestrel_formats::disk::DiskFile;
 use kestrel_formats::gguf::{Gguf, layout};
 use kestrel_formats::map::Map;
 use kestrel_formats::{Error, ErrorKind, Result};
@@ -37,11 +38,52 @@ pub struct Report {
 /// Bytes that are written before they are forced to disk and read back, while more is converted.
 const CHECK_BYTES: u64 = 128 << 20;
 
+/// Bytes that are read back at once.
+const READ_BYTES: u64 = 1 << 20;
+
 /// What was written where, so that it can be found again.
 #[derive(Clone, Copy, Debug)]
 struct Written {
     piece: Piece,
     hash: u64,
+}
+
+impl Written {
+    fn end(&self) -> u64 {
+        self.piece.offset + self.piece.n_bytes as u64
+    }
+}
+
+/// Reads back what has settled, what lies side by side at once. Calls `done` with the bytes of each
+/// piece.
+fn read_back(
+    plan: &Plan,
+    on_disk: &mut DiskFile,
+    mut written: Vec<Written>,
+    mut done: impl FnMut(u64) -> Result<()>,
+) -> Result<()> {
+    written.sort_unstable_by_key(|w| w.piece.offset);
+    let mut left = &written[..];
+    while let Some(first) = left.first() {
+        let start = first.piece.offset;
+        let more = left
+            .windows(2)
+            .take_while(|w| w[0].end() == w[1].piece.offset && w[1].end() - start <= READ_BYTES);
+        let (together, after) = left.split_at(1 + more.count());
+        let n_bytes = together.iter().map(|w| w.piece.n_bytes).sum();
+        let mut bytes = on_disk.read(start, n_bytes)?;
+        for Written { piece, hash } in together {
+            let (piece_bytes, after) = bytes.split_at(piece.n_bytes);
+            if damage_hash(piece_bytes) != *hash {
+                let what = format!("tensor \"{}\" of the output", plan.tensors[piece.tensor].name);
+                return Err(damaged(what).at(piece.offset));
+            }
+            done(piece.n_bytes as u64)?;
+            bytes = after;
+        }
+        left = after;
+    }
+    Ok(())
 }
 
 /// Converts as planned. `out` appears complete, on disk and read back, or not at all; see
@@ -96,8 +138,7 @@ pub fn run(
     progress.phase(Phase::Check, unchecked.iter().map(|w| w.piece.n_bytes as u64).sum(), 0);
     let all_bytes = plan.file_bytes + file.journal_bytes();
     let part = file.part().map(Path::to_owned);
-    let check =
-        |temp: &Path| check_written(plan, options, (temp, all_bytes), &header, unchecked, progress, cancel);
+    let check = |temp: &Path| check_written(plan, (temp, all_bytes), &header, unchecked, progress, cancel);
     file.commit(check).map_err(|e| interrupted(e, part.as_deref()))?;
     let names = plan.input.files.iter().map(InputFile::name);
     Ok(Report {
@@ -254,7 +295,7 @@ fn write_rest(plan: &Plan, file: &AtomicFile, digests: &[String]) -> Result<Vec<
     Ok(layout.header)
 }
 
-/// Follows the conversion: each time that `batch_bytes` have been written, forces them to disk, reads them back and
+/// Follows the conversion: each time that `batch_bytes` or more have been written, forces them to disk, reads them back and
 /// compares. Returns what is left once `stop` is set and nothing more comes.
 fn check_behind(
     plan: &Plan,
@@ -263,21 +304,19 @@ fn check_behind(
     batch_bytes: u64,
     stop: &AtomicBool,
 ) -> Result<Vec<Written>> {
-    let (mut batch, mut n_bytes, mut bytes) = (Vec::new(), 0, Vec::new());
+    let (mut batch, mut n_bytes) = (Vec::new(), 0);
+    let mut on_disk = file.on_disk()?;
     while let Ok(next) = written.recv() {
         n_bytes += next.piece.n_bytes as u64;
         batch.push(next);
         if n_bytes < batch_bytes || stop.load(Ordering::Relaxed) {
             continue;
         }
-        file.settle(batch.iter().map(|w| (w.piece.offset, w.piece.n_bytes as u64)))?;
-        for Written { piece, hash: expected } in batch.drain(..) {
-            bytes.resize(piece.n_bytes, 0);
-            file.read_at(piece.offset, &mut bytes)?;
-            if damage_hash(&bytes) != expected {
-                return Err(damaged_tensor(plan, piece.tensor).file(file.target()).at(piece.offset));
-            }
-        }
+        // What was written meanwhile is forced to disk as well.
+        batch.extend(written.try_iter());
+        file.settle()?;
+        read_back(plan, &mut on_disk, std::mem::take(&mut batch), |_| Ok(()))
+            .map_err(|e| e.file(file.target()))?;
         n_bytes = 0;
     }
     Ok(batch)
@@ -292,24 +331,19 @@ fn damaged(what: String) -> Error {
         .hint("the disk or the memory is faulty")
 }
 
-fn damaged_tensor(plan: &Plan, tensor: usize) -> Error {
-    damaged(format!("tensor \"{}\" of the output", plan.tensors[tensor].name))
-}
-
 /// Reads the rest of the output back and compares it with what was meant to be written: the header byte by byte, the
 /// tensors piece by piece.
 fn check_written(
     plan: &Plan,
-    options: &Options,
     (temp, all_bytes): (&Path, u64),
     header: &[u8],
-    mut written: Vec<Written>,
+    written: Vec<Written>,
     progress: &dyn Progress,
     cancel: &AtomicBool,
 ) -> Result<()> {
-    check_cancel(cancel)?;
     let map = Map::open(temp)?;
-    if map.len() as u64 != all_bytes || map.get(..header.len()) != Some(header) {
+    let mut on_disk = DiskFile::open(temp)?;
+    if map.len() as u64 != all_bytes || on_disk.read(0, header.len())? != header {
         return Err(damaged("header of the output".to_owned()));
     }
     let read = Gguf::parse(map)?;
@@ -319,20 +353,8 @@ fn check_written(
     if read.tensors().len() != plan.tensors.len() || !read.tensors().iter().zip(&plan.tensors).all(same) {
         return Err(damaged("tensor table of the output".to_owned()));
     }
-    written.sort_unstable_by_key(|w| w.piece.offset);
-    let (pieces, hashes): (Vec<Piece>, Vec<u64>) = written.into_iter().map(|w| (w.piece, w.hash)).unzip();
-    let files = [InputFile::new(temp)?];
-    let job = Streaming { files: &files, pieces: &pieces, threads: options.threads, sha256: false, cancel };
-    let found = stream(
-        job,
-        || (),
-        |(), piece, bytes| {
-            progress.bytes(bytes.len() as u64, 0);
-            Ok((piece.tensor, damage_hash(bytes)))
-        },
-    )?;
-    match found.results.iter().zip(&hashes).find(|((_, found), hash)| found != *hash) {
-        None => Ok(()),
-        Some(((tensor, _), _)) => Err(damaged_tensor(plan, *tensor)),
-    }
+    read_back(plan, &mut on_disk, written, |n_bytes| {
+        progress.bytes(n_bytes, 0);
+        check_cancel(cancel)
+    })
 }

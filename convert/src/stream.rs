@@ -8,13 +8,13 @@ use kestrel_formats::map::open_regular;
 use kestrel_formats::{Error, ErrorKind, Result};
 use sha2::{Digest, Sha256};
 use std::fs::File;
-use std::hash::{DefaultHasher, Hasher};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::Builder;
+use twox_hash::XxHash3_64;
 
 /// Bytes hashed at a time where no piece lies.
 const GAP_BYTES: u64 = 1 << 20;
@@ -241,12 +241,9 @@ pub(crate) fn check_cancel(cancel: &AtomicBool) -> Result<()> {
     if cancel.load(Ordering::Relaxed) { Err(Error::new(ErrorKind::Interrupted)) } else { Ok(()) }
 }
 
-/// Recognises accidental damage to what was written. Only a run that goes on from another sees the other's values; those
-/// of another Rust release may differ, and then everything is quantized again.
+/// Recognises accidental damage to what was written.
 pub(crate) fn damage_hash(bytes: &[u8]) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    hasher.write(bytes);
-    hasher.finish()
+    XxHash3_64::oneshot(bytes)
 }
 
 /// The next message, or `None` when no sender is left.

@@ -9,6 +9,7 @@
 //! hash of each part of the output, 0 while it is not written. A hash that does not fit says that the part has to be
 //! written again, whether a power cut lost it or something else damaged it.
 
+use crate::disk::DiskFile;
 use crate::{Error, ErrorKind, Result};
 use rustix::fs::{FallocateFlags, RenameFlags};
 use rustix::io::Errno;
@@ -163,23 +164,17 @@ impl AtomicFile {
         self.file.write_all_at(bytes, offset).map_err(|e| self.io("writing the output", e).at(offset))
     }
 
-    /// Forces what was written so far to disk and drops these ranges (offset, bytes) from the cache, so that
-    /// [`AtomicFile::read_at`] sees what the disk holds. Other threads may go on writing elsewhere.
-    pub fn settle(&self, ranges: impl Iterator<Item = (u64, u64)>) -> Result<()> {
-        self.file.sync_data().map_err(|e| self.io("forcing the output to disk", e))?;
-        for (offset, n_bytes) in ranges {
-            // Failing to drop is no error.
-            let _ = rustix::fs::fadvise(
-                &self.file,
-                offset,
-                n_bytes.try_into().ok(),
-                rustix::fs::Advice::DontNeed,
-            );
-        }
-        Ok(())
+    /// Forces what was written so far to disk. Other threads may go on writing.
+    pub fn settle(&self) -> Result<()> {
+        self.file.sync_data().map_err(|e| self.io("forcing the output to disk", e))
     }
 
-    /// Reads back exactly `buf.len()` bytes from `offset`.
+    /// Opens the file under its temporary name, to see what the disk holds of what has settled.
+    pub fn on_disk(&self) -> Result<DiskFile> {
+        DiskFile::open(&self.temp)
+    }
+
+    /// Reads exactly `buf.len()` bytes at `offset`.
     pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
         self.file.read_exact_at(buf, offset).map_err(|e| self.io("reading the output back", e).at(offset))
     }
@@ -189,12 +184,10 @@ impl AtomicFile {
         &self.target
     }
 
-    /// Forces the bytes to disk, lets `check` read them back under the temporary name, and only then gives the file
-    /// its name and forces the folder to disk.
+    /// Forces the bytes to disk, lets `check` look at them under the temporary name ([`DiskFile`] sees what the disk
+    /// holds), and only then gives the file its name and forces the folder to disk.
     pub fn commit(mut self, check: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
         self.file.sync_all().map_err(|e| self.io("forcing the output to disk", e))?;
-        // So that the check sees what the disk holds rather than what is still cached; failing to is no error.
-        let _ = rustix::fs::fadvise(&self.file, 0, None, rustix::fs::Advice::DontNeed);
         check(&self.temp)?;
         if let Some(journal) = &self.journal {
             // Without its journal no run goes on from it, so whatever keeps it from its name should show before.

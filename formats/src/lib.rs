@@ -11,6 +11,7 @@ pub mod atomic_file;
 pub mod atomic_folder;
 pub mod calibration;
 pub mod checkpoint;
+pub mod disk;
 pub mod error;
 pub mod ggml_type;
 pub mod gguf;
