@@ -54,8 +54,7 @@ impl Written {
     }
 }
 
-/// Reads back what has settled, what lies side by side at once. Calls `done` with the bytes of each
-/// piece.
+/// Reads back what has settled, what lies side by side at once. Calls `done` with the bytes of each piece.
 fn read_back(
     plan: &Plan,
     on_disk: &mut DiskFile,
@@ -341,6 +340,7 @@ fn check_written(
     progress: &dyn Progress,
     cancel: &AtomicBool,
 ) -> Result<()> {
+    check_cancel(cancel)?;
     let map = Map::open(temp)?;
     let mut on_disk = DiskFile::open(temp)?;
     if map.len() as u64 != all_bytes || on_disk.read(0, header.len())? != header {

@@ -92,10 +92,13 @@ impl<const N: usize, const L: usize> Sub<N, L> {
         sums
     }
 
-    /// The code of weight i in lane l.
+    /// The sums for the codes nearest to a fit.
     #[inline(always)]
-    fn affine_code(&self, inverse: &Lanes<L>, min: &Lanes<L>, n_max: f32) -> impl Fn(usize, usize) -> f32 {
-        move |i, l| nearest::<L>((self.x[i][l] + min[l]) * inverse[l], n_max)
+    fn affine_sums_of(&self, fit: &Fit<L>, n_max: f32) -> Sums<L> {
+        let inverse = inverse(&fit.scale);
+        let [sums] =
+            self.affine_sums(|_, i, l| nearest::<L>((self.x[i][l] + fit.min[l]) * inverse[l], n_max));
+        sums
     }
 
     /// Weighted squared errors of each lane after rounding with each of these fits.
@@ -145,7 +148,7 @@ impl<const N: usize, const L: usize> Sub<N, L> {
             let code =
                 |c: usize, i: usize, l: usize| nearest::<L>(above[i][l] * inverses[c][l], search.n_max);
             let sums = self.affine_sums::<TOGETHER>(code);
-            each!(c in [0 1 2] => best.offer(&sums[c], totals, search, k + c));
+            each!(c in [0 1 2] => if k + c < search.n { best.offer(&sums[c], totals, search) });
         }
         // ... then half a step below.
         for k in (0..search.n).step_by(TOGETHER) {
@@ -159,13 +162,10 @@ impl<const N: usize, const L: usize> Sub<N, L> {
                 nearest::<L>((self.x[i][l] + mins[c][l]) * inverses[c][l], search.n_max)
             };
             let sums = self.affine_sums::<TOGETHER>(code);
-            each!(c in [0 1 2] => best.offer(&sums[c], totals, search, k + c));
+            each!(c in [0 1 2] => if k + c < search.n { best.offer(&sums[c], totals, search) });
         }
         for _ in 0..2 {
-            let (inverse, min) = (inverse(&best.fit.scale), best.fit.min);
-            let code = self.affine_code(&inverse, &min, search.n_max);
-            let [s] = self.affine_sums(|_, i, l| code(i, l));
-            best.offer(&s, totals, search, 0);
+            best.offer(&self.affine_sums_of(&best.fit, search.n_max), totals, search);
         }
         best.fit
     }
@@ -205,10 +205,7 @@ struct Best<const L: usize> {
 impl<const L: usize> Best<L> {
     /// Takes the least-squares fit for codes with these sums where it is better.
     #[inline(always)]
-    fn offer(&mut self, s: &Sums<L>, t: &Totals<L>, search: &Search, k: usize) {
-        if k >= search.n {
-            return;
-        }
+    fn offer(&mut self, s: &Sums<L>, t: &Totals<L>, search: &Search) {
         let (mut scale, mut min) = ([0.0; L], [0.0; L]);
         for l in 0..L {
             let det = t.w[l] * s.wqq[l] - s.wq[l] * s.wq[l];
@@ -390,11 +387,7 @@ impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
     ) {
         let [mut aa, mut ab, mut bb, mut ax, mut bx] = [[0.0; L]; 5];
         for j in 0..S {
-            let fit = blocks.fit(j);
-            let sub = &self.0[j];
-            let (inverse, min) = (inverse(&fit.scale), fit.min);
-            let code = sub.affine_code(&inverse, &min, n_max);
-            let [s] = sub.affine_sums(|_, i, l| code(i, l));
+            let s = self.0[j].affine_sums_of(&blocks.fit(j), n_max);
             for l in 0..L {
                 let (sc, m) = (blocks.sc[j][l], blocks.m[j][l]);
                 aa[l] += sc * sc * s.wqq[l];
