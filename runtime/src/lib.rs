@@ -33,3 +33,12 @@ pub use observe::Observer;
 pub use session::Session;
 pub use state::State;
 pub use work::Work;
+
+/// Both results, made at the same time: what is done once, when a model is opened. The first is made on the caller's
+/// thread, where the system's allocator is quickest; a pool would move both away.
+pub fn at_once<A, B: Send>(a: impl FnOnce() -> A, b: impl FnOnce() -> B + Send) -> (A, B) {
+    std::thread::scope(|scope| {
+        let b = scope.spawn(b);
+        (a(), b.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+    })
+}

@@ -1,6 +1,7 @@
 //! Opening a model: a GGUF file is mapped and executed as it lies; a checkpoint folder is executed as it lies too,
 //! or quantized in memory.
 
+use crate::at_once;
 use crate::matrix::{self, Bytes, Floats, Matrix};
 use crate::model::{Model, WeightSource};
 use kestrel_formats::arch::{self, HyperParams, Role, Storage, TensorSpec, Transform};
@@ -56,12 +57,17 @@ impl Model {
     /// A model that executes the file's own bytes.
     pub fn from_gguf(file: &Gguf) -> Result<Self> {
         let facts = gguf::model_of(file)?;
-        let tokenizer = TokenizerData::from_gguf(file)?;
+        let source = GgufSource { file };
+        // Beside each other, since the vocabulary takes longest of all that opening does.
+        let (tokenizer, model) = at_once(
+            || TokenizerData::from_gguf(file),
+            || Self::build(file.path(), facts.hparams, facts.tied, &source),
+        );
+        let tokenizer = tokenizer?;
         let mut warnings = [file.warnings(), &facts.warnings].concat();
         warnings.extend(tokenizer.iter().flat_map(|t| &t.warnings).cloned());
         warnings.extend(file_type_warning(file));
-        let source = GgufSource { file };
-        Ok(Self::build(file.path(), facts.hparams, facts.tied, tokenizer, &source)?.with_warnings(warnings))
+        Ok(model?.with(tokenizer, warnings))
     }
 
     /// A model that executes the shards' own bytes, or a quantized copy in memory.
@@ -75,9 +81,8 @@ impl Model {
             n_read: AtomicU64::new(0),
             n_total: checkpoint.tensors().iter().map(SourceTensor::n_bytes).sum(),
         };
-        let tokenizer = checkpoint.tokenizer().cloned();
-        let model = Self::build(checkpoint.dir(), hparams, checkpoint.tied(), tokenizer, &source)?;
-        Ok(model.with_warnings(checkpoint.warnings().to_vec()))
+        let model = Self::build(checkpoint.dir(), hparams, checkpoint.tied(), &source)?;
+        Ok(model.with(checkpoint.tokenizer().cloned(), checkpoint.warnings().to_vec()))
     }
 }
 

@@ -52,7 +52,6 @@ impl Model {
         path: &Path,
         hparams: HyperParams,
         tied: bool,
-        tokenizer: Option<TokenizerData>,
         source: &dyn WeightSource,
     ) -> Result<Self> {
         let layers = (0..hparams.n_layer).map(|i| Layer::load(source, i)).collect::<Result<Vec<_>>>()?;
@@ -65,7 +64,7 @@ impl Model {
             hparams,
             layers,
             output_norm,
-            tokenizer,
+            tokenizer: None,
             warnings: Vec::new(),
             maps: Vec::new(),
             fingerprint,
@@ -111,8 +110,9 @@ impl Model {
         &self.warnings
     }
 
-    pub(crate) fn with_warnings(self, warnings: Vec<String>) -> Self {
-        Self { warnings, ..self }
+    /// With what a file says beside weights.
+    pub(crate) fn with(self, tokenizer: Option<TokenizerData>, warnings: Vec<String>) -> Self {
+        Self { tokenizer, warnings, ..self }
     }
 
     /// A number that two models share if they come from the same weights, quantized or not.

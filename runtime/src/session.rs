@@ -41,6 +41,8 @@ pub struct GenerateOptions {
     pub stop_strings: Vec<String>,
     /// Go on after an end token.
     pub ignore_end: bool,
+    /// Consume the last token as well, so that state and logits are those after it; nothing else needs that step.
+    pub consume_last: bool,
 }
 
 /// Whether no number is NaN or infinite: the sum of the products with 0 is 0 only then. Without a branch, so that it
@@ -85,7 +87,7 @@ impl<'m> Session<'m> {
         self.model.check_unmodified()
     }
 
-    /// The logits (vocab) after the last prefilled or generated token.
+    /// The logits (vocab) after the last token that was consumed.
     pub fn logits(&self) -> &[f32] {
         &self.logits
     }
@@ -124,7 +126,7 @@ impl<'m> Session<'m> {
     ) -> Result<Stop> {
         let mut text = TextStream::new(&options.stop_strings);
         let mut stop = Stop::Length;
-        for _ in 0..options.n_tokens {
+        for n_left in (0..options.n_tokens).rev() {
             let token = sampler.sample(&self.logits);
             if !options.ignore_end && tokenizer.is_end(token) {
                 stop = Stop::EndToken(token);
@@ -138,7 +140,9 @@ impl<'m> Session<'m> {
             if text.stopped() {
                 return Ok(Stop::StopString);
             }
-            self.prefill(&[token])?;
+            if n_left > 0 || options.consume_last {
+                self.prefill(&[token])?;
+            }
         }
         let _ = each(None, &text.finish());
         Ok(stop)

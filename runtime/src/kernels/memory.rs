@@ -12,8 +12,10 @@ impl Plain for i32 {}
 impl Plain for i8 {}
 impl Plain for u8 {}
 
-/// A zeroed slice that starts on a cache line. Untouched pages take no memory.
+/// A zeroed slice that starts on a cache line. Pages take memory and time when they are first touched.
 pub(crate) struct Aligned<T: Plain> {
+    /// What was allocated: a little more, so that a cache line begins in it.
+    allocation: NonNull<u8>,
     ptr: NonNull<T>,
     len: usize,
 }
@@ -27,18 +29,44 @@ unsafe impl<T: Plain + Sync> Sync for Aligned<T> {}
 
 impl<T: Plain> Aligned<T> {
     pub fn zeroed(len: usize) -> Self {
-        let Some(layout) = Self::layout(len) else { return Self { ptr: NonNull::dangling(), len: 0 } };
+        let Some(layout) = Self::layout(len) else {
+            return Self { allocation: NonNull::dangling(), ptr: NonNull::dangling(), len: 0 };
+        };
         // SAFETY: `layout` gives no layout of zero bytes.
-        let ptr = unsafe { alloc_zeroed(layout) };
-        let Some(ptr) = NonNull::new(ptr.cast()) else { handle_alloc_error(layout) };
-        Self { ptr, len }
+        let allocation = unsafe { alloc_zeroed(layout) };
+        let Some(allocation) = NonNull::new(allocation) else { handle_alloc_error(layout) };
+        let to_line = allocation.as_ptr().align_offset(LINE_BYTES);
+        assert!(to_line < LINE_BYTES);
+        // SAFETY: the layout has so many bytes more than the numbers.
+        let ptr = unsafe { allocation.add(to_line) }.cast();
+        advise_large_pages(allocation, layout.size());
+        Self { allocation, ptr, len }
     }
 
-    /// `None` for no bytes at all.
+    /// `None` for no bytes at all. Asks for no more than the numbers' own alignment: the system's allocator would write
+    /// zeros over memory that it has to align further, although new pages are zero, and so touch all of it.
     fn layout(len: usize) -> Option<Layout> {
-        let layout =
-            Layout::array::<T>(len).and_then(|l| l.align_to(LINE_BYTES)).expect("a buffer fits in memory");
-        (layout.size() > 0).then_some(layout)
+        let layout = Layout::array::<T>(len)
+            .and_then(|numbers| Layout::from_size_align(numbers.size() + LINE_BYTES, numbers.align()))
+            .expect("a buffer fits in memory");
+        (len > 0).then_some(layout)
+    }
+}
+
+/// Asks for large pages where there is room for any: each costs one fault instead of 512. Advice only.
+fn advise_large_pages(allocation: NonNull<u8>, n_bytes: usize) {
+    #[cfg(all(target_os = "linux", not(miri)))]
+    {
+        const LARGE_PAGE_BYTES: usize = 2 << 20;
+        let before = allocation.as_ptr().align_offset(LARGE_PAGE_BYTES);
+        let n_bytes = n_bytes.saturating_sub(before) / LARGE_PAGE_BYTES * LARGE_PAGE_BYTES;
+        if n_bytes > 0 {
+            // SAFETY: the range lies in the allocation, and the advice changes none of its bytes.
+            let _ = unsafe {
+                let start = allocation.as_ptr().add(before);
+                rustix::mm::madvise(start.cast(), n_bytes, rustix::mm::Advice::LinuxHugepage)
+            };
+        }
     }
 }
 
@@ -54,7 +82,7 @@ impl<T: Plain> Drop for Aligned<T> {
     fn drop(&mut self) {
         if let Some(layout) = Self::layout(self.len) {
             // SAFETY: allocated in `zeroed` with the same layout.
-            unsafe { dealloc(self.ptr.as_ptr().cast(), layout) };
+            unsafe { dealloc(self.allocation.as_ptr(), layout) };
         }
     }
 }
@@ -87,7 +115,11 @@ pub(crate) struct LayerBlocks {
 impl LayerBlocks {
     /// `n_layer` times `n_blocks` blocks of `block_len` zeros.
     pub fn zeroed(n_layer: usize, n_blocks: usize, block_len: usize) -> Self {
-        Self { numbers: Aligned::zeroed(n_layer * n_blocks * block_len), n_blocks, block_len }
+        let mut numbers = Aligned::zeroed(n_layer * n_blocks * block_len);
+        // A new page that is read before it is written is first mapped to the page of zeros and then, with an interrupt to
+        // every worker, to one of its own.
+        numbers.fill(0.0);
+        Self { numbers, n_blocks, block_len }
     }
 
     /// Some blocks of a layer.
