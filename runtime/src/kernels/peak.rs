@@ -312,7 +312,7 @@ type Line = [u8; 64];
 pub struct Reading {
     pool: Pool,
     buffer: MmapMut,
-    /// The best number of streams so far.
+    /// The best way so far.
     sum_lines: fn(&[Line]) -> u64,
     /// The part that [`Self::go_on`] reads next.
     next: usize,
@@ -325,7 +325,7 @@ impl Reading {
     /// Reads `n_bytes`: [`READ_BYTES`], or less where memory is short. Errors: `Limit` if there is no such memory.
     pub fn new(n_threads: usize, n_bytes: usize) -> Result<Self> {
         let (pool, buffer) = (Pool::new(n_threads), touched(n_bytes)?);
-        Ok(Self { pool, buffer, sum_lines: sum_lines::<1>, next: 0 })
+        Ok(Self { pool, buffer, sum_lines: sum_lines::<1, false>, next: 0 })
     }
 
     /// Bytes of the buffer, all of which lie in memory.
@@ -333,10 +333,14 @@ impl Reading {
         self.buffer.len()
     }
 
-    /// Bytes per second at best, in as many streams as serve best.
+    /// Bytes per second at best, in as many streams as serve best, fetched ahead by instructions or not. (On two cores of an
+    /// Emerald Rapids the decoding of a model, which fetches, came to 104 to 125 % of what reads without.)
     fn best_bytes_s(&mut self) -> f64 {
         let mut best = (Duration::MAX, self.sum_lines);
-        for sum_lines in [sum_lines::<1>, sum_lines::<2>, sum_lines::<4>, sum_lines::<8>] {
+        let without =
+            [sum_lines::<1, false>, sum_lines::<2, false>, sum_lines::<4, false>, sum_lines::<8, false>];
+        let ahead = [sum_lines::<1, true>, sum_lines::<2, true>, sum_lines::<4, true>, sum_lines::<8, true>];
+        for sum_lines in without.into_iter().chain(ahead) {
             for _ in 0..RUNS.div_ceil(2) {
                 let (_, time) = read(&mut self.pool, &self.buffer, sum_lines);
                 best = if time < best.0 { (time, sum_lines) } else { best };
@@ -373,11 +377,15 @@ fn read(pool: &mut Pool, buffer: &[u8], sum_lines: fn(&[Line]) -> u64) -> (usize
     (size_of_val(lines), time)
 }
 
-/// The sum of all 8-byte words (wrapping), read in `S` streams.
-fn sum_lines<const S: usize>(lines: &[Line]) -> u64 {
+/// The sum of all 8-byte words (wrapping), read in `S` streams; `AHEAD` calls for lines as the products do for weights.
+fn sum_lines<const S: usize, const AHEAD: bool>(lines: &[Line]) -> u64 {
     let stream = lines.len() / S;
     let mut sums = [[0u64; 8]; S];
     let mut add = |s: usize, line: &Line| {
+        #[cfg(target_arch = "x86_64")]
+        if AHEAD {
+            super::x86::avx2::Avx2::fetch_ahead(line.as_ptr());
+        }
         for (sum, word) in sums[s].iter_mut().zip(line.as_chunks::<8>().0) {
             *sum = sum.wrapping_add(u64::from_ne_bytes(*word));
         }
