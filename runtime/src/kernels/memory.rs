@@ -39,6 +39,7 @@ impl<T: Plain> Aligned<T> {
         assert!(to_line < LINE_BYTES);
         // SAFETY: the layout has so many bytes more than the numbers.
         let ptr = unsafe { allocation.add(to_line) }.cast();
+        #[cfg(all(target_os = "linux", not(miri)))]
         advise_large_pages(allocation, layout.size());
         Self { allocation, ptr, len }
     }
@@ -54,19 +55,17 @@ impl<T: Plain> Aligned<T> {
 }
 
 /// Asks for large pages where there is room for any: each costs one fault instead of 512. Advice only.
+#[cfg(all(target_os = "linux", not(miri)))]
 fn advise_large_pages(allocation: NonNull<u8>, n_bytes: usize) {
-    #[cfg(all(target_os = "linux", not(miri)))]
-    {
-        const LARGE_PAGE_BYTES: usize = 2 << 20;
-        let before = allocation.as_ptr().align_offset(LARGE_PAGE_BYTES);
-        let n_bytes = n_bytes.saturating_sub(before) / LARGE_PAGE_BYTES * LARGE_PAGE_BYTES;
-        if n_bytes > 0 {
-            // SAFETY: the range lies in the allocation, and the advice changes none of its bytes.
-            let _ = unsafe {
-                let start = allocation.as_ptr().add(before);
-                rustix::mm::madvise(start.cast(), n_bytes, rustix::mm::Advice::LinuxHugepage)
-            };
-        }
+    const LARGE_PAGE_BYTES: usize = 2 << 20;
+    let before = allocation.as_ptr().align_offset(LARGE_PAGE_BYTES);
+    let n_bytes = n_bytes.saturating_sub(before) / LARGE_PAGE_BYTES * LARGE_PAGE_BYTES;
+    if n_bytes > 0 {
+        // SAFETY: the range lies in the allocation, and the advice changes none of its bytes.
+        let _ = unsafe {
+            let start = allocation.as_ptr().add(before);
+            rustix::mm::madvise(start.cast(), n_bytes, rustix::mm::Advice::LinuxHugepage)
+        };
     }
 }
 
