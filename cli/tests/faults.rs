@@ -334,11 +334,9 @@ fn killed_at_every_system_call() {
         });
         println!("{}: {} went on", writer.name, n_resumed.load(Ordering::Relaxed));
         assert!(!writer.resumes || n_resumed.into_inner() > 0, "{}: none went on", writer.name);
-        // Threads take turns in another order every time, and what is written while others are busy is read back together;
-        // most points are met.
+        // Threads start in another order now and then; nearly all points are met.
         let (killed, n) = (killed.into_inner(), points.iter().filter(|(call, ..)| *call != WAITING).count());
-        println!("{}: {killed} of {n} were killed", writer.name);
-        assert!(killed * 4 >= n * 3, "{}: {killed} of {n} were killed", writer.name);
+        assert!(killed * 10 >= n * 9, "{}: {killed} of {n} were killed", writer.name);
     }
 }
 
