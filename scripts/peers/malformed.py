@@ -145,7 +145,7 @@ READERS = [
     ("kestrel, container", CONTAINER, command(KESTREL, "inspect", "FILE")),
     *[("gguf (Python)", CONTAINER, in_child(r)) for r in optional("gguf", gguf_py)],
     ("gguf-rs", CONTAINER, command(GGUF_RS, "read", "FILE")),
-    ("candle-core", CONTAINER, command(RUST_READERS, "candle", "FILE")),
+    ("candle-core", CONTAINER, command(RUST_READERS, "read", "FILE")),
     ("kestrel, safetensors", SAFETENSORS, command(KESTREL, "inspect", "FOLDER")),
     *[("safetensors (Python)", SAFETENSORS, in_child(r)) for r in optional("safetensors", safetensors_py)],
     ("safetensors (crate)", SAFETENSORS, command(RUST_READERS, "safetensors", "FILE")),

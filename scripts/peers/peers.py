@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Every type that we write, read by llama.cpp (xllamacpp), the gguf package and gguf-rs. Started by scripts/peers/run.
+"""Every type that we write, read by llama.cpp (xllamacpp), the gguf package, gguf-rs and candle-core. Started by scripts/peers/run.
 
 llama.cpp loads each file and its greedy continuation of three prompts equals ours for F32 and Q8_0 over 32 tokens; the
-gguf package dequantizes each tensor to the same values, bit for bit, also where gguf-rs says that it lies.
+gguf package dequantizes each tensor to the same values, bit for bit, also where gguf-rs says that it lies;
+so does candle-core, but for the types that it does not know.
 """
 import json
 import pathlib
@@ -17,10 +18,11 @@ import xllamacpp
 import gguf_rs
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-BIN, GGUF_RS = (pathlib.Path(a).resolve() for a in sys.argv[1:])
+BIN, PEERS = (pathlib.Path(a).resolve() for a in sys.argv[1:])
 TINY = ROOT / "tests/data/tiny-falcon-mamba"
 TYPES = ("f32 f16 bf16 q8_0 q4_0 q4_1 q5_0 q5_1 q2_k q3_k_s q3_k_m q3_k_l q4_k_s q4_k_m q5_k_s q5_k_m q6_k iq4_nl "
          "iq4_xs").split()
+NOT_IN_CANDLE = ("iq4_nl", "iq4_xs")
 SAME_TEXT = ("f32", "q8_0")
 GREEDY = json.loads((ROOT / "tests/data/logits/goldens.json").read_text())["models"]["tiny-falcon-mamba"]["greedy"]
 
@@ -67,6 +69,17 @@ def check_dequantized(path, folder) -> pathlib.Path:
     return out
 
 
+def check_candle(path, folder, ours):
+    """candle-core's values are ours, of which `ours` is the folder."""
+    out = pathlib.Path(folder) / "candle"
+    out.mkdir(exist_ok=True)
+    subprocess.run([PEERS / "kestrel-peer-candle", "dequantize", path, out], check=True)
+    names = sorted(f.name for f in out.iterdir())
+    assert names == sorted(f.name for f in ours.iterdir()) and len(names) == 63, names
+    for name in names:
+        assert (out / name).read_bytes() == (ours / name).read_bytes(), f"{path.name}: {name}"
+
+
 def main():
     failures, types = [], set()
     with tempfile.TemporaryDirectory() as folder:
@@ -74,14 +87,16 @@ def main():
             path = pathlib.Path(folder) / f"{kind}.gguf"
             kestrel("convert", TINY, "-o", path, "--type", kind)
             dequantized = check_dequantized(path, folder)
-            types |= gguf_rs.check(GGUF_RS, path, json.loads(kestrel("inspect", "--json", path)), dequantized)
+            types |= gguf_rs.check(PEERS / "kestrel-peer-gguf-rs", path, json.loads(kestrel("inspect", "--json", path)), dequantized)
+            if kind not in NOT_IN_CANDLE:
+                check_candle(path, folder, dequantized)
             theirs = llama_cpp(path)
             assert len(theirs) == 3 and all(theirs), (kind, theirs)
             mine = [ours(path, g["prompt"]) for g in GREEDY]
             # Our command line prints the prompt or not; what follows it is what counts.
             mine = [m.removeprefix(g["prompt"]).rstrip("\n") for m, g in zip(mine, GREEDY)]
             same = [m == t.rstrip("\n") for m, t in zip(mine, theirs)]
-            print(f"{kind}: loaded, dequantized alike, gguf-rs agrees, same text for {sum(same)} of 3", flush=True)
+            print(f"{kind}: loaded, dequantized alike, peers agree, same text for {sum(same)} of 3", flush=True)
             if kind in SAME_TEXT and not all(same):
                 failures.append((kind, mine, theirs))
             path.unlink()
