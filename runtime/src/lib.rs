@@ -8,6 +8,7 @@ pub mod kernels;
 pub mod pool;
 
 pub mod batch;
+mod bpe;
 pub mod chat;
 pub mod evaluate;
 pub mod forward;

@@ -1,12 +1,13 @@
 //! Text to token ids and back, equal to Hugging Face's ids.
 //!
-//! BPE, Unicode classes and the pre-tokenizers' parts come from the crate `tokenizers`; how they are put together is
-//! fixed here for the two kinds of [`PreTokenizer`], so that no regex of a file is ever run.
+//! Unicode classes, the pre-tokenizers' parts and finding added tokens come from the crate `tokenizers`; how they are put
+//! together is fixed here for the two kinds of [`PreTokenizer`], so that no regex of a file is ever run. Words become ids
+//! in [`crate::bpe`].
 
+use crate::bpe::Bpe;
 use crate::model::Model;
 use kestrel_formats::tokenizer::{PreTokenizer, TokenType, TokenizerData};
 use kestrel_formats::{Error, ErrorKind, Result};
-use std::collections::HashMap;
 use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::normalizers::NFC;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -15,13 +16,13 @@ use tokenizers::pre_tokenizers::punctuation::Punctuation;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::tokenizer::{
-    AddedToken, AddedVocabulary, Model as _, OffsetType, PreTokenizer as _, PreTokenizerWrapper,
-    SplitDelimiterBehavior,
+    AddedToken, AddedVocabulary, OffsetType, PreTokenizer as _, PreTokenizerWrapper, SplitDelimiterBehavior,
+    Token,
 };
 
 /// Encodes and decodes with one model's vocabulary.
 pub struct Tokenizer {
-    bpe: BPE,
+    bpe: Bpe,
     /// Unicode normalization, where the tokenizer has one.
     normalizer: Option<NFC>,
     pre: PreTokenizerWrapper,
@@ -54,28 +55,24 @@ impl Tokenizer {
     /// Builds the tables. `UnsupportedTokenizer` if `tokenizers` refuses them, which validated data does not cause.
     pub fn new(data: &TokenizerData) -> Result<Self> {
         let text = |id: u32| std::str::from_utf8(data.tokens.get(id as usize)?).ok();
-        // A token that is not UTF-8 can come out of no text, so it is left out here and only decoded.
-        let vocab: Vocab =
-            (0..data.tokens.len() as u32).filter_map(|id| Some((text(id)?.to_owned(), id))).collect();
-        let merges = data
-            .merges
-            .iter()
-            .filter_map(|&(left, right)| Some((text(left)?.to_owned(), text(right)?.to_owned())))
-            .collect();
-        let bpe = BPE::builder().vocab_and_merges(vocab, merges).build().map_err(unsupported)?;
         let (normalizer, pre) = pre_tokenizer(data.pre)?;
         let mut with_special = AddedVocabulary::new();
-        let added: Vec<AddedToken> = (0..)
+        // A token that is not UTF-8 can be found in no text.
+        let (ids, added): (Vocab, Vec<AddedToken>) = (0..)
             .zip(&data.token_types)
             .filter(|(_, ty)| matches!(ty, TokenType::Control | TokenType::UserDefined))
-            .filter_map(|(id, ty)| Some(AddedToken::from(text(id)?, *ty == TokenType::Control)))
-            .collect();
-        with_special.add_tokens(&added, &bpe, normalizer.as_ref());
+            .filter_map(|(id, ty)| {
+                let text = text(id)?;
+                Some(((text.to_owned(), id), AddedToken::from(text, *ty == TokenType::Control)))
+            })
+            .unzip();
+        let ids = BPE::builder().vocab_and_merges(ids, Vec::new()).build().map_err(unsupported)?;
+        with_special.add_tokens(&added, &ids, normalizer.as_ref());
         let mut without_special = with_special.clone();
         without_special.set_encode_special_tokens(true);
         let (bytes, ends) = decoded(data);
         Ok(Self {
-            bpe,
+            bpe: Bpe::new(data),
             normalizer,
             pre,
             with_special,
@@ -96,7 +93,11 @@ impl Tokenizer {
         let added = if parse_special { &self.with_special } else { &self.without_special };
         let mut pieces = added.extract_and_normalize(self.normalizer.as_ref(), text);
         self.pre.pre_tokenize(&mut pieces).map_err(unsupported)?;
-        pieces.tokenize(|piece| self.bpe.tokenize(piece.get())).map_err(unsupported)?;
+        // Only the ids are asked for.
+        let token = |id| Token::new(id, String::new(), (0, 0));
+        pieces
+            .tokenize(|piece| Ok(self.bpe.encode(piece.get()).into_iter().map(token).collect()))
+            .map_err(unsupported)?;
         let encoding = pieces.into_encoding(None, 0, OffsetType::None).map_err(unsupported)?;
         Ok(encoding.get_ids().to_vec())
     }
@@ -166,15 +167,29 @@ fn pre_tokenizer(kind: PreTokenizer) -> Result<(Option<NFC>, PreTokenizerWrapper
 
 /// GPT-2's alphabet: printable Latin-1 characters stand for their own byte, the other 68 bytes in order for the
 /// characters from U+0100 on.
-fn alphabet() -> HashMap<char, u8> {
-    let own = |b: &u8| matches!(b, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
-    let moved = (0..=255).filter(|b| !own(b)).zip('\u{100}'..).map(|(b, c)| (c, b));
-    (0..=255).filter(own).map(|b| (char::from(b), b)).chain(moved).collect()
+struct Alphabet([Option<u8>; 256 + 68]);
+
+impl Alphabet {
+    fn new() -> Self {
+        let own = |b: &u8| matches!(b, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
+        let mut bytes = [None; 256 + 68];
+        for b in (0..=255).filter(own) {
+            bytes[usize::from(b)] = Some(b);
+        }
+        for (place, b) in bytes[256..].iter_mut().zip((0..=255).filter(|b| !own(b))) {
+            *place = Some(b);
+        }
+        Self(bytes)
+    }
+
+    fn byte(&self, c: char) -> Option<u8> {
+        self.0.get(c as usize).copied().flatten()
+    }
 }
 
 /// The bytes of every token, and where each ends.
 fn decoded(data: &TokenizerData) -> (Vec<u8>, Vec<usize>) {
-    let byte_of = alphabet();
+    let alphabet = Alphabet::new();
     let mut bytes = Vec::with_capacity(data.tokens.iter().map(Vec::len).sum());
     let ends = data.tokens.iter().zip(&data.token_types).map(|(token, ty)| {
         let start = bytes.len();
@@ -182,7 +197,7 @@ fn decoded(data: &TokenizerData) -> (Vec<u8>, Vec<usize>) {
             (TokenType::Unused, _) => {}
             (TokenType::Control | TokenType::UserDefined, _) | (_, Err(_)) => bytes.extend_from_slice(token),
             (_, Ok(text)) => {
-                bytes.extend(text.chars().map_while(|c| byte_of.get(&c)));
+                bytes.extend(text.chars().map_while(|c| alphabet.byte(c)));
                 if bytes.len() - start != text.chars().count() {
                     bytes.truncate(start); // Not in the alphabet: plain text.
                     bytes.extend_from_slice(token);
@@ -201,14 +216,11 @@ mod tests {
 
     #[test]
     fn the_alphabet_has_a_letter_for_every_byte() {
-        let alphabet = alphabet();
-        let mut bytes: Vec<u8> = alphabet.values().copied().collect();
+        let alphabet = Alphabet::new();
+        let mut bytes: Vec<u8> = ('\0'..='\u{1000}').filter_map(|c| alphabet.byte(c)).collect();
         bytes.sort_unstable();
         assert_eq!(bytes, (0..=255).collect::<Vec<u8>>());
         // Known from GPT-2's vocabulary.
-        assert_eq!(
-            (alphabet[&'Ġ'], alphabet[&'Ċ'], alphabet[&'A'], alphabet[&'Ń']),
-            (b' ', b'\n', b'A', 0xAD)
-        );
+        assert_eq!(['Ġ', 'Ċ', 'A', 'Ń'].map(|c| alphabet.byte(c)), [b' ', b'\n', b'A', 0xAD].map(Some));
     }
 }

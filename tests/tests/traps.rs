@@ -2,7 +2,7 @@
 
 use kestrel_formats::arch::Arch;
 use kestrel_formats::checkpoint::Checkpoint;
-use kestrel_formats::tokenizer::{TokenType, TokenizerData};
+use kestrel_formats::tokenizer::{Merge, TokenType, TokenizerData};
 use kestrel_formats::{ErrorKind, GgmlType};
 use kestrel_runtime::tokenizer::Tokenizer;
 use kestrel_tests::checkpoint_builder::CheckpointBuilder;
@@ -183,7 +183,7 @@ fn merges_in_both_encodings_are_the_same() {
     let strings = open(&CheckpointBuilder::new().write());
     let pairs = CheckpointBuilder::new().tokenizer(|t| t["model"]["merges"] = json!([["a", "b"]]));
     assert_eq!(open(&pairs.write()).tokenizer(), strings.tokenizer());
-    assert_eq!(strings.tokenizer().expect("a tokenizer").merges, [(12, 13)]);
+    assert_eq!(strings.tokenizer().expect("a tokenizer").merges, [Merge { left: 12, right: 13, joined: 14 }]);
 }
 
 #[test]

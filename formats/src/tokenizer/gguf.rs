@@ -1,6 +1,8 @@
 //! The tokenizer in GGUF metadata, under the keys of llama.cpp.
 
-use super::{Ids, PreTokenizer, TokenType, TokenizerData, check_merge_count, check_vocab_count, split_merge};
+use super::{
+    Ids, Merge, PreTokenizer, TokenType, TokenizerData, check_merge_count, check_vocab_count, split_merge,
+};
 use crate::gguf::{Gguf, Metadata, Value};
 use crate::json::shorten;
 use crate::{Error, ErrorKind, Result};
@@ -117,9 +119,9 @@ impl TokenizerData {
 
     /// The metadata that llama.cpp reads, and `kestrel.eos_token_ids` where one id does not say all.
     pub fn to_metadata(&self) -> Vec<(String, Value)> {
-        let merge = |&(left, right): &(u32, u32)| {
+        let merge = |m: &Merge| {
             let text = |id: u32| self.tokens.get(id as usize).map_or(&[][..], Vec::as_slice);
-            [text(left), b" ", text(right)].concat()
+            [text(m.left), b" ", text(m.right)].concat()
         };
         let types: Vec<i32> = self.token_types.iter().map(|t| *t as i32).collect();
         let mut out: Vec<(&str, Value)> = vec![

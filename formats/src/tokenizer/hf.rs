@@ -2,7 +2,9 @@
 
 mod json_model;
 
-use super::{Ids, PreTokenizer, TokenType, TokenizerData, check_merge_count, check_token, check_vocab_count};
+use super::{
+    Ids, Merge, PreTokenizer, TokenType, TokenizerData, check_merge_count, check_token, check_vocab_count,
+};
 use crate::checkpoint::GenerationConfig;
 use crate::checkpoint::folder::Folder;
 use crate::json::{describe, parse_object_without, shorten};
@@ -288,7 +290,7 @@ fn vocabulary(model: &Model, added: &[Added]) -> Result<(Vec<Vec<u8>>, Vec<Token
 }
 
 /// Merges in either encoding, as ids.
-fn merges(model: &Model, tokens: &[Vec<u8>]) -> Result<Vec<(u32, u32)>> {
+fn merges(model: &Model, tokens: &[Vec<u8>]) -> Result<Vec<Merge>> {
     let ids = Ids::new(tokens.iter().map(Vec::as_slice))?;
     check_merge_count(model.merges.len())?;
     let mut joined = Vec::new();
