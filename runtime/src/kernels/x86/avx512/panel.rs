@@ -1,8 +1,10 @@
-//! Many tokens with vpdpbusd: tiles of 4 rows by up to 3 groups of 16 tokens.
+//! Many tokens with vpdpbusd: tiles of 4 rows by up to 3 groups of 16 tokens, of 8 rows where no scales come between.
 //!
 //! Per four columns a tile of 4 by 48 takes 4 broadcasts of weights, 3 loads of activations and 12 dot products, so
 //! loads are no limit; per sub-block of 32, 96 dot products stand beside 12 conversions and 12 or 24 multiply-adds,
-//! which leaves 73 % (with minimums) or 80 % of the peak where all of these share two ports.
+//! which leaves 73 % (with minimums) or 80 % of the peak where all of these share two ports. Where dot products have both
+//! (Intel), each of 12 sums is ready only just when its turn comes again, and 4 by 48 in the first-level cache comes to
+//! 70 % of the peak; 8 by 48 comes to 90.
 //!
 //! With at most eight tokens lanes are two rows by eight tokens ([`InPairs`]): half as many dot products.
 
@@ -47,6 +49,14 @@ unsafe fn many<F: Paired>(job: &Job<'_>, scratch: &mut Scratch) {
 
 struct Vnni;
 
+/// As many as a tile has at most: then the rows are swept over once.
+const FEW_GROUPS: usize = 3;
+
+/// Whether a tile is one sub-block. Then no floats stand beside its integers, and it can have twice as many rows.
+const fn is_wide<F: Format>() -> bool {
+    F::SUB == PANEL_COLS
+}
+
 impl<F: Format> Sweep<F> for Vnni {
     type Lanes = Avx512;
 
@@ -59,7 +69,7 @@ impl<F: Format> Sweep<F> for Vnni {
     /// Where the rows are swept over once, and a tile is one sub-block, so that the compiler knows which step is when.
     /// Beside one of several sweeps it gains nothing, and in tiles of one group, which have fewer products, it loses.
     fn ahead(n_groups: usize) -> Option<usize> {
-        (F::SUB == PANEL_COLS && (2..=3).contains(&n_groups)).then_some(4)
+        (is_wide::<F>() && (2..=FEW_GROUPS).contains(&n_groups)).then_some(4)
     }
 
     #[inline(always)]
@@ -70,6 +80,9 @@ impl<F: Format> Sweep<F> for Vnni {
             match n_groups - g {
                 1 => groups::<F, 8, 1>(panel, job, n_rows, g, k0, n),
                 2 => groups::<F, 4, 2>(panel, job, n_rows, g, k0, n),
+                _ if is_wide::<F>() && n_groups > FEW_GROUPS => {
+                    groups::<F, 8, 3>(panel, job, n_rows, g, k0, n)
+                }
                 _ => groups::<F, 4, 3>(panel, job, n_rows, g, k0, n),
             }
             g += (n_groups - g).min(3);
@@ -130,17 +143,15 @@ unsafe fn tile<F: Format, const R: usize, const G: usize, const AHEAD: bool>(
             sixteen_times!(PART => {
                 ahead.at(PART * AHEAD_COLS);
                 for k in (PART * AHEAD_COLS..(PART + 1) * AHEAD_COLS).step_by(4) {
-                    four_columns(&mut dots, codes, &x, k);
-                    for i in 0..R {
-                        for j in 0..G {
-                            dots[i][j] = here(dots[i][j]);
-                        }
-                    }
+                    four_columns::<R, G, true>(&mut dots, codes, &x, k);
                 }
             });
         } else {
             for k in (0..F::SUB).step_by(4) {
-                four_columns(&mut dots, codes, &x, k);
+                match is_wide::<F>() {
+                    true => four_columns::<R, G, true>(&mut dots, codes, &x, k),
+                    false => four_columns::<R, G, false>(&mut dots, codes, &x, k),
+                }
             }
         }
         scale::<F, R, G>(panel, acts, r, at, sub, &dots, &mut floats);
@@ -153,9 +164,9 @@ unsafe fn tile<F: Format, const R: usize, const G: usize, const AHEAD: bool>(
     }
 }
 
-/// Adds the products of columns `k..k + 4`.
+/// Adds the products of columns `k..k + 4`. `IN_ORDER`: in this order, in which a tile of 8 by 3 has registers enough.
 #[inline(always)]
-unsafe fn four_columns<const R: usize, const G: usize>(
+unsafe fn four_columns<const R: usize, const G: usize, const IN_ORDER: bool>(
     dots: &mut [[__m512i; G]; R],
     codes: *const u8,
     x: &[*const i8; G],
@@ -166,6 +177,9 @@ unsafe fn four_columns<const R: usize, const G: usize>(
         let w = _mm512_set1_epi32(codes.add(i * STRIDE + k).cast::<i32>().read_unaligned());
         for j in 0..G {
             dots[i][j] = _mm512_dpbusd_epi32(dots[i][j], w, x[j]);
+            if IN_ORDER {
+                dots[i][j] = here(dots[i][j]);
+            }
         }
     }
 }
