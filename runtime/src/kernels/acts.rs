@@ -182,7 +182,11 @@ impl Acts {
     pub(crate) fn floats(&self, t: usize) -> &[f32] {
         &self.floats[self.place(t).floats..][..self.cols]
     }
+}
 
+/// What kernels of integers read.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // NEON has none yet
+impl Acts {
     /// Codes of token `t` of few.
     #[inline(always)]
     pub(crate) fn codes(&self, t: usize) -> &[i8] {
@@ -235,7 +239,10 @@ impl Acts {
             sums256: of_large(256),
         }
     }
+}
 
+/// What plain Rust reads, however many tokens there are.
+impl Acts {
     /// Codes `col..` of token `t` in the order of the kind, one for each number of `to`, however they are stored. `col`
     /// and the length are multiples of 4.
     pub(crate) fn copy_codes(&self, t: usize, col: usize, to: &mut [i8]) {
