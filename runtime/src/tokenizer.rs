@@ -2,7 +2,7 @@
 //!
 //! Unicode classes, the pre-tokenizers' parts and finding added tokens come from the crate `tokenizers`; how they are put
 //! together is fixed here for the two kinds of [`PreTokenizer`], so that no regex of a file is ever run. Words become ids
-//! in [`crate::bpe`].
+//! in `bpe.rs`.
 
 use crate::bpe::Bpe;
 use crate::model::Model;
