@@ -5,7 +5,7 @@
 
 use super::{
     Codes, ErrorWeight, Lanes, STARTS, Sub, TINY, Tile, add, any_less, integers, inverse, limit, low_byte,
-    map, map2, mean_square, nearest, ratio, round, round_f16, start_factor, store, total,
+    map, map2, mean_square, nearest, nearest_above, ratio, round, round_f16, start_factor, store, total,
 };
 use crate::codec::{Group, groups};
 
@@ -146,7 +146,7 @@ impl<const N: usize, const L: usize> Sub<N, L> {
         for k in (0..search.n).step_by(TOGETHER) {
             let inverses = each!(c in [0 1 2] => inverse_of(k + c));
             let code =
-                |c: usize, i: usize, l: usize| nearest::<L>(above[i][l] * inverses[c][l], search.n_max);
+                |c: usize, i: usize, l: usize| nearest_above::<L>(above[i][l] * inverses[c][l], search.n_max);
             let sums = self.affine_sums::<TOGETHER>(code);
             each!(c in [0 1 2] => if k + c < search.n { best.offer(&sums[c], totals, search) });
         }
@@ -300,9 +300,7 @@ impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
                 with_d(&blocks, &map(&d, |d| d * factor)),
                 with_dmin(&blocks, &map(&dmin, |dmin| dmin * factor)),
             ];
-            for trial in &trials {
-                self.keep_better(trial, &mut blocks, &mut error, search.n_max);
-            }
+            self.keep_better(&trials, &mut blocks, &mut error, search.n_max);
         }
         for round in 0..3 {
             self.improve_integers(&mut blocks, &mut error, search.n_max, sub_max);
@@ -313,34 +311,45 @@ impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
         blocks
     }
 
-    /// Replaces the blocks for which the trial as a whole is better.
+    /// Replaces the blocks for which a trial as a whole is better; of several that are, by the best, and the first of those.
     #[inline(always)]
-    fn keep_better(
+    fn keep_better<const C: usize>(
         &self,
-        trial: &Blocks<S, L>,
+        trials: &[Blocks<S, L>; C],
         blocks: &mut Blocks<S, L>,
         error: &mut [Lanes<L>; S],
         n_max: f32,
     ) {
-        let best = total(error);
-        let (mut e, mut sum) = ([[0.0; L]; S], [0.0; L]);
+        let mut best = total(error);
+        let (mut errors, mut sums) = ([[[0.0; L]; C]; S], [[0.0; L]; C]);
         for j in 0..S {
-            [e[j]] = self.0[j].affine_errors(&[Trial::of(trial.fit(j))], n_max);
-            add(&mut sum, &e[j]);
-            // Errors are not negative: the sum only grows.
-            if !any_less(&sum, &best) {
+            let mut fits = [Trial::of(trials[0].fit(j)); C];
+            for c in 1..C {
+                fits[c] = Trial::of(trials[c].fit(j));
+            }
+            errors[j] = self.0[j].affine_errors(&fits, n_max);
+            let mut possible = false;
+            for c in 0..C {
+                add(&mut sums[c], &errors[j][c]);
+                possible |= any_less(&sums[c], &best);
+            }
+            // Errors are not negative: the sums only grow.
+            if !possible {
                 return;
             }
         }
-        for l in 0..L {
-            let better = sum[l] < best[l];
-            let keep = |old: &mut f32, new: f32| *old = if better { new } else { *old };
-            keep(&mut blocks.d[l], trial.d[l]);
-            keep(&mut blocks.dmin[l], trial.dmin[l]);
-            for j in 0..S {
-                keep(&mut blocks.sc[j][l], trial.sc[j][l]);
-                keep(&mut blocks.m[j][l], trial.m[j][l]);
-                keep(&mut error[j][l], e[j][l]);
+        for (c, trial) in trials.iter().enumerate() {
+            for l in 0..L {
+                let better = sums[c][l] < best[l];
+                let keep = |old: &mut f32, new: f32| *old = if better { new } else { *old };
+                keep(&mut best[l], sums[c][l]);
+                keep(&mut blocks.d[l], trial.d[l]);
+                keep(&mut blocks.dmin[l], trial.dmin[l]);
+                for j in 0..S {
+                    keep(&mut blocks.sc[j][l], trial.sc[j][l]);
+                    keep(&mut blocks.m[j][l], trial.m[j][l]);
+                    keep(&mut error[j][l], errors[j][c][l]);
+                }
             }
         }
     }
@@ -410,7 +419,7 @@ impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
             trial.d[l] = if possible { trial.d[l] } else { blocks.d[l] };
             trial.dmin[l] = if possible { trial.dmin[l] } else { blocks.dmin[l] };
         }
-        self.keep_better(&trial, blocks, error, n_max);
+        self.keep_better(&[trial], blocks, error, n_max);
     }
 
     /// The codes for these fits, one per sub-block.

@@ -193,6 +193,17 @@ pub fn nearest<const L: usize>(x: f32, hi: f32) -> f32 {
     f32::from_bits(if bits > 0 { bits } else { 0 } as u32)
 }
 
+/// The same of a number that is not negative.
+#[inline(always)]
+pub fn nearest_above<const L: usize>(x: f32, hi: f32) -> f32 {
+    if L < 16 {
+        let x = round(x);
+        return if x < hi { x } else { hi };
+    }
+    let (bits, hi) = (x.round_ties_even().to_bits(), hi.to_bits());
+    f32::from_bits(if bits < hi { bits } else { hi })
+}
+
 /// How many scales of the scales are tried: the one that maps the largest to the largest integer, and further ones that
 /// map it to half an integer less each. They round all the other scales differently.
 const STARTS: usize = 9;
