@@ -165,22 +165,23 @@ fn beside_product(
 /// Every result is that of plain Rust, to the bit: products of all types with few and many tokens, the functions, the
 /// norm, a mixer with its states.
 fn same_bits(isa: Isa) {
-    let product = |isa, ty: GgmlType, cols: usize, tokens: usize, precise| {
-        let (bytes, _) = weights(ty, 35, cols, 99);
+    let product = |isa, ty: GgmlType, matrix: &MatrixRef<'_>, tokens: usize, precise| {
         let mut c = Compute::new(isa, 1, 64);
-        let acts = acts(&mut c, tokens, cols, ActKind::for_weights(ty, precise), 77);
+        let acts = acts(&mut c, tokens, matrix.cols, ActKind::for_weights(ty, precise), 77);
         let mut out = Random::new(5).floats(tokens * 35);
-        c.matmul(&MatrixRef::new(ty, 35, cols, &bytes).unwrap(), &acts, &mut out, Then::Add);
+        c.matmul(matrix, &acts, &mut out, Then::Add);
         bits(&out)
     };
     for ty in GgmlType::all() {
         let blocks = |n: usize| n.next_multiple_of(ty.block_len());
         // Odd and even blocks, less and more than a panel; around the tiles and the two paths.
         for cols in [blocks(1), blocks(300), blocks(1100), blocks(2040)] {
+            let (bytes, _) = weights(ty, 35, cols, 99);
+            let matrix = MatrixRef::new(ty, 35, cols, &bytes).unwrap();
             for tokens in [1, 3, 4, 5, 6, 7, 8, 13, 16, 17, 32, 35, 50] {
                 for precise in [false, true] {
-                    let truth = product(isa.truth(), ty, cols, tokens, precise);
-                    let same = truth == product(isa, ty, cols, tokens, precise);
+                    let truth = product(isa.truth(), ty, &matrix, tokens, precise);
+                    let same = truth == product(isa, ty, &matrix, tokens, precise);
                     assert!(same, "{} {ty} {cols} columns, {tokens} tokens, precise {precise}", isa.name());
                 }
             }
@@ -272,19 +273,19 @@ fn tolerances(isa: Isa, m: &MatrixRef<'_>, r: usize, acts: &Acts) -> Vec<f64> {
 /// Compares a product with f64: `|got - truth| <= 4·n·eps·Σ|w·a|`, and what [`tolerances`] adds.
 fn check_product(c: &mut Compute, m: &MatrixRef<'_>, floats: &[f32], acts: &Acts, what: &str) {
     let before = Random::new(5).floats(acts.n_tokens() * m.rows);
+    let tokens: Vec<Vec<f32>> = (0..acts.n_tokens()).map(|t| acts.to_f32(t)).collect();
     for then in [Then::Store, Then::Add] {
         let mut out = before.clone();
         c.matmul(m, acts, &mut out, then);
         for r in 0..m.rows {
             let tolerances = tolerances(c.isa(), m, r, acts);
-            for t in 0..acts.n_tokens() {
-                let a = acts.to_f32(t);
+            for (t, a) in tokens.iter().enumerate() {
                 let at = t * m.rows + r;
                 let base = if then == Then::Add { f64::from(before[at]) } else { 0.0 };
                 let products =
-                    floats[r * m.cols..][..m.cols].iter().zip(&a).map(|(&w, &a)| f64::from(w) * f64::from(a));
+                    floats[r * m.cols..][..m.cols].iter().zip(a).map(|(&w, &a)| f64::from(w) * f64::from(a));
                 let (sum, magnitude) = products.fold((base, base.abs()), |(s, m), p| (s + p, m + p.abs()));
-                let of_weights: f64 = tolerances.iter().zip(&a).map(|(w, &a)| w * f64::from(a.abs())).sum();
+                let of_weights: f64 = tolerances.iter().zip(a).map(|(w, &a)| w * f64::from(a.abs())).sum();
                 let bound = 4.0 * m.cols as f64 * f64::from(f32::EPSILON) * magnitude + of_weights + 1e-30;
                 let error = (f64::from(out[at]) - sum).abs();
                 assert!(
