@@ -5,6 +5,5 @@ cd "$(dirname "$0")/.."
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
 export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu"
 cargo build --release --locked --target aarch64-unknown-linux-gnu -p kestrel-cli -p kestrel-tests --bin kestrel
-# The tests of plain Rust by itself run on every other machine; here it is what NEON is compared with.
-KESTREL_REQUIRE_ISA=neon cargo test --release --locked --target aarch64-unknown-linux-gnu \
-    -p kestrel-cli -p kestrel-tests --test integration -- kernels:: --skip ::scalar
+KESTREL_REQUIRE_ISA=scalar,neon cargo test --release --locked --target aarch64-unknown-linux-gnu \
+    -p kestrel-cli -p kestrel-tests --test integration -- kernels::

@@ -4,7 +4,7 @@
 //! The ids are those of `BPE` in the crate `tokenizers`, which the tests compare with. That one wants the vocabulary and
 //! the merges as strings and looks all of them up again, 90 ms before the first token of a vocabulary of 65,024.
 
-use kestrel_formats::tokenizer::TokenizerData;
+use kestrel_formats::tokenizer::{Merge, TokenizerData};
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 
@@ -38,9 +38,7 @@ impl Bpe {
             let first = characters.next()?;
             characters.next().is_none().then_some((first, id))
         };
-        let merge = |(rank, m): (u32, &kestrel_formats::tokenizer::Merge)| {
-            ((m.left, m.right), Joined { rank, id: m.joined })
-        };
+        let merge = |(rank, m): (u32, &Merge)| ((m.left, m.right), Joined { rank, id: m.joined });
         Self {
             characters: (0..).zip(&data.tokens).filter_map(character).collect(),
             merges: (0..).zip(&data.merges).map(merge).collect(),
@@ -87,18 +85,15 @@ impl Bpe {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use kestrel_formats::tokenizer::Merge;
     use std::path::Path;
     use tokenizers::Model as _;
-    use tokenizers::models::bpe::BPE;
+    use tokenizers::models::bpe::{BPE, Vocab};
 
     /// The same tables in `tokenizers`.
     fn oracle(data: &TokenizerData) -> BPE {
         let text = |id: u32| String::from_utf8(data.tokens[id as usize].clone()).expect("UTF-8");
-        let vocabulary: std::collections::HashMap<String, u32> =
-            (0..data.tokens.len() as u32).map(|id| (text(id), id)).collect();
+        let vocabulary: Vocab = (0..data.tokens.len() as u32).map(|id| (text(id), id)).collect();
         let merges = data.merges.iter().map(|m| (text(m.left), text(m.right))).collect();
-        let vocabulary: tokenizers::models::bpe::Vocab = vocabulary.into_iter().collect();
         BPE::builder().vocab_and_merges(vocabulary, merges).build().expect("tables")
     }
 

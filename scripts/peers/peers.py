@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Every type that we write, read by llama.cpp (xllamacpp), the gguf package, gguf-rs and candle-core. Started by scripts/peers/run.
+"""Every type that we write, read by llama.cpp (xllamacpp), the gguf package, gguf-rs and candle-core.
+Started by scripts/peers/run.
 
 llama.cpp loads each file and its greedy continuation of three prompts equals ours for F32 and Q8_0 over 32 tokens; the
 gguf package dequantizes each tensor to the same values, bit for bit, also where gguf-rs says that it lies;
@@ -87,7 +88,8 @@ def main():
             path = pathlib.Path(folder) / f"{kind}.gguf"
             kestrel("convert", TINY, "-o", path, "--type", kind)
             dequantized = check_dequantized(path, folder)
-            types |= gguf_rs.check(PEERS / "kestrel-peer-gguf-rs", path, json.loads(kestrel("inspect", "--json", path)), dequantized)
+            inspected = json.loads(kestrel("inspect", "--json", path))
+            types |= gguf_rs.check(PEERS / "kestrel-peer-gguf-rs", path, inspected, dequantized)
             if kind not in NOT_IN_CANDLE:
                 check_candle(path, folder, dequantized)
             theirs = llama_cpp(path)
