@@ -387,6 +387,9 @@ fn odd_rows() -> Vec<(&'static str, Vec<f32>)> {
         ("two values", (0..n).map(|i| if i % 5 < 2 { 0.25 } else { -0.25 }).collect()),
         ("mostly zero", every(37, -1.5).collect()),
         ("one per block", every(256, 2.0).collect()),
+        // The integer offsets of some sub-blocks miss them by more than all their codes.
+        ("far from zero", scaled(1.0).map(|v| v - 1000.0).collect()),
+        ("far and near", scaled(0.1).enumerate().map(|(i, v)| v - 0.37 * (i / 32 * 7 % 8) as f32).collect()),
         ("negative", weights("positive", n).into_iter().map(|v| -v - 0.5).collect()),
         ("as large as f16 holds", scaled(5e5).collect()),
         ("larger than f16 holds", scaled(1e7).collect()),

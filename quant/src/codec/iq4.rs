@@ -22,7 +22,7 @@ use super::q4::{nibbles, pack_nibbles};
 use super::steps::{Parts, Shape, Steps, stored, whole};
 use super::{Format, Group, expand, f16_at, for_each_block, groups, put_f16};
 use crate::scale_search::grid::{Grid, Iq4, iq4_index};
-use crate::scale_search::{Codes, ErrorWeight, Tile, signed};
+use crate::scale_search::{ErrorWeight, Tile, signed};
 
 pub use crate::scale_search::grid::IQ4_VALUES as VALUES;
 
@@ -121,10 +121,11 @@ impl Format for Iq4Xs {
             Some(_) => ErrorWeight::Importance(2.0),
             None => ErrorWeight::Square,
         };
+        let mut tile = Tile::<SUB, { XS_LEN / SUB }, L>::EMPTY;
         for Group { x, importance, out } in groups::<XS_LEN, XS_BYTES, L>(src, importance, dst) {
-            let tile = Tile::<SUB, { XS_LEN / SUB }, L>::new(x, importance, weight);
+            tile.load(x, importance, weight);
             let fitted = tile.signed_blocks::<Iq4>(&SEARCH, 32.0);
-            let codes: Codes<XS_LEN, L> = tile.signed_block_codes::<Iq4, XS_LEN>(&fitted, iq4_index);
+            let codes = fitted.codes::<Iq4, SUB, XS_LEN>(x, iq4_index);
             for (l, (out, codes)) in out.iter_mut().zip(&codes).enumerate() {
                 put_f16(out, D, fitted.d[l]);
                 put_xs_scales(&fitted.sc.map(|sc| sc[l]), out);

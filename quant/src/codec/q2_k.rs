@@ -12,7 +12,7 @@ use kestrel_formats::GgmlType;
 use super::steps::{Parts, Shape, Steps, stored};
 use super::{Format, Group, expand, f16_at, for_each_block, groups, put_f16};
 use crate::scale_search::affine::Search;
-use crate::scale_search::{Codes, ErrorWeight, Tile, limit, low_byte, round};
+use crate::scale_search::{ErrorWeight, Tile, limit, low_byte, round};
 
 /// Weights in a block.
 pub const LEN: usize = 256;
@@ -69,10 +69,11 @@ impl Format for Q2K {
             Some(_) => (&WEIGHTED, ErrorWeight::Importance(1.0)),
             None => (&PLAIN, ErrorWeight::Abs(0.25)),
         };
+        let mut tile = Tile::<SUB, { LEN / SUB }, L>::EMPTY;
         for Group { x, importance, out } in groups::<LEN, BYTES, L>(src, importance, dst) {
-            let tile = Tile::<SUB, { LEN / SUB }, L>::new(x, importance, weight);
+            tile.load(x, importance, weight);
             let fitted = tile.affine_blocks(search, 15.0);
-            let codes: Codes<LEN, L> = tile.affine_block_codes(&fitted, search.n_max);
+            let codes = fitted.codes::<SUB, LEN>(x, search.n_max);
             for (l, (out, codes)) in out.iter_mut().zip(&codes).enumerate() {
                 for (byte, (sc, m)) in out[SCALES..QS].iter_mut().zip(fitted.sc.iter().zip(&fitted.m)) {
                     *byte = sc[l] as u8 | (m[l] as u8) << 4;

@@ -14,7 +14,7 @@ use super::steps::{Parts, Shape, Steps, stored, whole};
 use super::{Format, Group, expand, f16_at, for_each_block, groups, put_f16};
 use crate::scale_search::grid::{Grid, Integers};
 use crate::scale_search::signed::Search;
-use crate::scale_search::{Codes, ErrorWeight, Tile, low_byte};
+use crate::scale_search::{ErrorWeight, Tile, low_byte};
 
 /// Weights in a block.
 pub const LEN: usize = 256;
@@ -78,11 +78,11 @@ impl Format for Q3K {
             Some(_) => ErrorWeight::Importance(2.0),
             None => ErrorWeight::Square,
         };
+        let mut tile = Tile::<SUB, { LEN / SUB }, L>::EMPTY;
         for Group { x, importance, out } in groups::<LEN, BYTES, L>(src, importance, dst) {
-            let tile = Tile::<SUB, { LEN / SUB }, L>::new(x, importance, weight);
+            tile.load(x, importance, weight);
             let fitted = tile.signed_blocks::<Integers<4>>(&SEARCH, 32.0);
-            let codes: Codes<LEN, L> =
-                tile.signed_block_codes::<Integers<4>, LEN>(&fitted, |g| low_byte(g + 4.0));
+            let codes = fitted.codes::<Integers<4>, SUB, LEN>(x, |g| low_byte(g + 4.0));
             for (l, (out, codes)) in out.iter_mut().zip(&codes).enumerate() {
                 put_codes(codes, out);
                 out[SCALES..D].copy_from_slice(&pack_scales(&fitted.sc.map(|sc| sc[l] as i8)));

@@ -85,8 +85,9 @@ impl Format for Q4K {
         const PLAIN: Search = Search { n_max: 15.0, first: -1.0, step: 0.1, n: 21, min_not_negative: true };
         const WEIGHTED: Search = Search { first: -0.9, step: 0.05, n: 37, ..PLAIN };
         let search = if importance.is_some() { &WEIGHTED } else { &PLAIN };
+        let mut tile = Tile::EMPTY;
         for Group { x, importance, out } in groups::<LEN, BYTES, L>(src, importance, dst) {
-            let (fitted, codes) = fit_blocks::<L>(x, importance, search);
+            let (fitted, codes) = fit_blocks::<L>(&mut tile, x, importance, search);
             for (l, (out, codes)) in out.iter_mut().zip(&codes).enumerate() {
                 out[..QS].copy_from_slice(&pack_head(&fitted, l));
                 put_codes(codes, out);
@@ -113,6 +114,7 @@ pub(super) fn sub_scales(packed: &[u8; 12], d: f32, dmin: f32) -> impl Fn(usize)
 /// Fits the scales and codes of Q4_K or Q5_K blocks, with ggml's error weights.
 #[inline(always)]
 pub(super) fn fit_blocks<const L: usize>(
+    tile: &mut Tile<SUB, 8, L>,
     x: &[[f32; LEN]],
     importance: Option<Importance<LEN>>,
     search: &Search,
@@ -121,9 +123,9 @@ pub(super) fn fit_blocks<const L: usize>(
         Some(_) => ErrorWeight::Importance(2.0),
         None => ErrorWeight::Abs(1.0),
     };
-    let tile = Tile::<SUB, 8, L>::new(x, importance, weight);
+    tile.load(x, importance, weight);
     let fitted = tile.affine_blocks(search, 63.0);
-    let codes = tile.affine_block_codes(&fitted, search.n_max);
+    let codes = fitted.codes::<SUB, LEN>(x, search.n_max);
     (fitted, codes)
 }
 

@@ -11,6 +11,7 @@ use kestrel_formats::GgmlType;
 use super::q4_k::{self, fit_blocks, pack_head, sub_scales};
 use super::steps::{Parts, Shape, Steps, stored, whole};
 use super::{Format, Group, expand, f16_at, for_each_block, groups};
+use crate::scale_search::Tile;
 use crate::scale_search::affine::Search;
 use crate::scale_search::{limit, low_byte, round};
 
@@ -68,8 +69,9 @@ impl Format for Q5K {
         const PLAIN: Search = Search { n_max: 31.0, first: -0.5, step: 0.1, n: 16, min_not_negative: true };
         const WEIGHTED: Search = Search { first: -0.9, step: 0.05, n: 37, ..PLAIN };
         let search = if importance.is_some() { &WEIGHTED } else { &PLAIN };
+        let mut tile = Tile::EMPTY;
         for Group { x, importance, out } in groups::<LEN, BYTES, L>(src, importance, dst) {
-            let (fitted, codes) = fit_blocks::<L>(x, importance, search);
+            let (fitted, codes) = fit_blocks::<L>(&mut tile, x, importance, search);
             for (l, (out, codes)) in out.iter_mut().zip(&codes).enumerate() {
                 out[..QH].copy_from_slice(&pack_head(&fitted, l));
                 put_codes(codes, out);

@@ -14,7 +14,7 @@ use super::steps::{Parts, Shape, Steps, stored, whole};
 use super::{Format, Group, expand, f16_at, for_each_block, groups, put_f16};
 use crate::scale_search::grid::{Grid, Integers};
 use crate::scale_search::signed::Search;
-use crate::scale_search::{Codes, ErrorWeight, Tile, low_byte};
+use crate::scale_search::{ErrorWeight, Tile, low_byte};
 
 /// Weights in a block.
 pub const LEN: usize = 256;
@@ -69,11 +69,11 @@ impl Format for Q6K {
             Some(_) => ErrorWeight::ImportanceOnly,
             None => ErrorWeight::Square,
         };
+        let mut tile = Tile::<SUB, { LEN / SUB }, L>::EMPTY;
         for Group { x, importance, out } in groups::<LEN, BYTES, L>(src, importance, dst) {
-            let tile = Tile::<SUB, { LEN / SUB }, L>::new(x, importance, weight);
+            tile.load(x, importance, weight);
             let fitted = tile.signed_blocks::<Integers<32>>(&SEARCH, 128.0);
-            let codes: Codes<LEN, L> =
-                tile.signed_block_codes::<Integers<32>, LEN>(&fitted, |g| low_byte(g + 32.0));
+            let codes = fitted.codes::<Integers<32>, SUB, LEN>(x, |g| low_byte(g + 32.0));
             for (l, (out, codes)) in out.iter_mut().zip(&codes).enumerate() {
                 put_codes(codes, out);
                 for (byte, sc) in out[SCALES..D].iter_mut().zip(&fitted.sc) {

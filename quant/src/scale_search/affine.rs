@@ -3,9 +3,11 @@
 // Sub-block j and lane l index several arrays at once.
 #![allow(clippy::needless_range_loop)]
 
+#[cfg(target_arch = "x86_64")]
+use super::avx512::Table;
 use super::{
-    Codes, ErrorWeight, Lanes, STARTS, Sub, TINY, Tile, add, any_less, integers, inverse, limit, low_byte,
-    map, map2, mean_square, nearest, nearest_above, ratio, round, round_f16, start_factor, store, total,
+    Codes, ErrorWeight, Lanes, STARTS, Sub, TINY, Tile, add, any_less, codes, integers, inverse, limit,
+    low_byte, map, map2, mean_square, nearest, ratio, round, round_f16, start_factor, store, total,
 };
 use crate::codec::{Group, groups};
 
@@ -43,45 +45,76 @@ pub struct Fit<const L: usize> {
     pub min: Lanes<L>,
 }
 
-/// A fit whose error is measured, and `1 / scale`.
+/// How weights become codes, which are the nearest to `(x + min) * inverse`.
 #[derive(Clone, Copy)]
-struct Trial<const L: usize> {
-    scale: Lanes<L>,
-    min: Lanes<L>,
-    inverse: Lanes<L>,
+pub(super) struct Ruler<const L: usize> {
+    pub min: Lanes<L>,
+    pub inverse: Lanes<L>,
 }
 
-impl<const L: usize> Trial<L> {
+impl<const L: usize> Ruler<L> {
     #[inline(always)]
-    fn of(Fit { scale, min }: Fit<L>) -> Self {
-        Self { scale, min, inverse: inverse(&scale) }
+    fn of(fit: &Fit<L>) -> Self {
+        Self { min: fit.min, inverse: inverse(&fit.scale) }
     }
 }
 
-/// Sums over a sub-block that do not depend on codes.
+/// What is known of a sub-block before there are codes.
 #[derive(Clone, Copy)]
-struct Totals<const L: usize> {
+struct Known<const L: usize> {
+    /// The smallest weight.
+    lo: Lanes<L>,
+    /// The largest.
+    hi: Lanes<L>,
+    /// Sum of the weights of the errors.
     w: Lanes<L>,
+    /// Sum of `w x`.
     wx: Lanes<L>,
+}
+
+impl<const L: usize> Known<L> {
+    /// The table of the codes `0 ..= n_max`, if it is the way to the codes of these rulers.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn table<const C: usize>(&self, rulers: &[Ruler<L>; C], n_max: f32) -> Option<Table<L>> {
+        let table = Table::of(n_max)?;
+        let mut reaches = true;
+        for ruler in rulers {
+            // Not to stop at the first keeps the loop free of branches.
+            reaches &= table.reaches(&self.lo, &self.hi, ruler);
+        }
+        reaches.then_some(table)
+    }
 }
 
 /// Sums over a sub-block for given codes q.
 #[derive(Clone, Copy)]
-struct Sums<const L: usize> {
-    wq: Lanes<L>,
-    wqq: Lanes<L>,
-    wqx: Lanes<L>,
+pub(super) struct Sums<const L: usize> {
+    pub wq: Lanes<L>,
+    pub wqq: Lanes<L>,
+    pub wqx: Lanes<L>,
 }
 
 impl<const N: usize, const L: usize> Sub<N, L> {
-    /// The sums for `C` candidates; `code(c, i, l)` is the candidate's code of weight i in lane l.
+    /// The sums for the codes of each ruler. `shifted` is `x + min`, where that is the same for all of them.
     #[inline(always)]
-    fn affine_sums<const C: usize>(&self, code: impl Fn(usize, usize, usize) -> f32) -> [Sums<L>; C] {
+    fn affine_sums<const C: usize>(
+        &self,
+        known: &Known<L>,
+        rulers: &[Ruler<L>; C],
+        shifted: Option<&[Lanes<L>; N]>,
+        n_max: f32,
+    ) -> [Sums<L>; C] {
+        #[cfg(target_arch = "x86_64")]
+        if let Some(table) = known.table(rulers, n_max) {
+            return table.sums(self, rulers, shifted);
+        }
         let mut sums = [Sums { wq: [0.0; L], wqq: [0.0; L], wqx: [0.0; L] }; C];
         for (i, (x, w)) in self.x.iter().zip(&self.w).enumerate() {
-            for (c, s) in sums.iter_mut().enumerate() {
+            for (s, Ruler { min, inverse }) in sums.iter_mut().zip(rulers) {
                 for l in 0..L {
-                    let q = code(c, i, l);
+                    let y = shifted.map_or_else(|| x[l] + min[l], |y| y[i][l]);
+                    let q = nearest::<L>(y * inverse[l], n_max);
                     let wq = w[l] * q;
                     s.wq[l] += wq;
                     s.wqq[l] += wq * q;
@@ -92,21 +125,27 @@ impl<const N: usize, const L: usize> Sub<N, L> {
         sums
     }
 
-    /// The sums for the codes nearest to a fit.
-    #[inline(always)]
-    fn affine_sums_of(&self, fit: &Fit<L>, n_max: f32) -> Sums<L> {
-        let inverse = inverse(&fit.scale);
-        let [sums] =
-            self.affine_sums(|_, i, l| nearest::<L>((self.x[i][l] + fit.min[l]) * inverse[l], n_max));
-        sums
-    }
-
     /// Weighted squared errors of each lane after rounding with each of these fits.
     #[inline(always)]
-    fn affine_errors<const C: usize>(&self, trials: &[Trial<L>; C], n_max: f32) -> [Lanes<L>; C] {
+    fn affine_errors<const C: usize>(
+        &self,
+        known: &Known<L>,
+        fits: &[Fit<L>; C],
+        n_max: f32,
+    ) -> [Lanes<L>; C] {
+        let mut rulers = [Ruler::of(&fits[0]); C];
+        for c in 1..C {
+            rulers[c] = Ruler::of(&fits[c]);
+        }
+        #[cfg(target_arch = "x86_64")]
+        if let Some(table) = known.table(&rulers, n_max) {
+            return table.errors(self, fits, &rulers);
+        }
         let mut errors = [[0.0; L]; C];
         for (x, w) in self.x.iter().zip(&self.w) {
-            for (error, Trial { scale, min, inverse }) in errors.iter_mut().zip(trials) {
+            for (error, (Fit { scale, .. }, Ruler { min, inverse })) in
+                errors.iter_mut().zip(fits.iter().zip(&rulers))
+            {
                 for l in 0..L {
                     let y = x[l] + min[l];
                     let q = nearest::<L>(y * inverse[l], n_max);
@@ -121,12 +160,12 @@ impl<const N: usize, const L: usize> Sub<N, L> {
     /// The best scale and offset of each lane on its own: for each candidate scale and offset the codes, for the codes
     /// the least-squares scale and offset.
     #[inline(always)]
-    fn affine_fit(&self, totals: &Totals<L>, search: &Search) -> Fit<L> {
-        let (mut lo, hi) = self.range();
+    fn affine_fit(&self, known: &Known<L>, search: &Search) -> Fit<L> {
+        let mut lo = known.lo;
         if search.min_not_negative {
             lo = map(&lo, |v| if v < 0.0 { v } else { 0.0 });
         }
-        let range = map2(&hi, &lo, |hi, lo| hi - lo);
+        let range = map2(&known.hi, &lo, |hi, lo| hi - lo);
         let inverse_of = |k: usize| {
             let t = search.n_max + search.first + search.step * k as f32;
             map(&range, |r| ratio(t, r, TINY))
@@ -144,11 +183,9 @@ impl<const N: usize, const L: usize> Sub<N, L> {
             store(x, shifted);
         }
         for k in (0..search.n).step_by(TOGETHER) {
-            let inverses = each!(c in [0 1 2] => inverse_of(k + c));
-            let code =
-                |c: usize, i: usize, l: usize| nearest_above::<L>(above[i][l] * inverses[c][l], search.n_max);
-            let sums = self.affine_sums::<TOGETHER>(code);
-            each!(c in [0 1 2] => if k + c < search.n { best.offer(&sums[c], totals, search) });
+            let rulers = each!(c in [0 1 2] => Ruler { min: fit.min, inverse: inverse_of(k + c) });
+            let sums = self.affine_sums(known, &rulers, Some(&above), search.n_max);
+            each!(c in [0 1 2] => if k + c < search.n { best.offer(&sums[c], known, search) });
         }
         // ... then half a step below.
         for k in (0..search.n).step_by(TOGETHER) {
@@ -158,41 +195,30 @@ impl<const N: usize, const L: usize> Sub<N, L> {
                 let min = if inverse > 0.0 { -lo - half } else { -lo };
                 if search.min_not_negative && min < 0.0 { 0.0 } else { min }
             }));
-            let code = |c: usize, i: usize, l: usize| {
-                nearest::<L>((self.x[i][l] + mins[c][l]) * inverses[c][l], search.n_max)
-            };
-            let sums = self.affine_sums::<TOGETHER>(code);
-            each!(c in [0 1 2] => if k + c < search.n { best.offer(&sums[c], totals, search) });
+            let rulers = each!(c in [0 1 2] => Ruler { min: mins[c], inverse: inverses[c] });
+            let sums = self.affine_sums(known, &rulers, None, search.n_max);
+            each!(c in [0 1 2] => if k + c < search.n { best.offer(&sums[c], known, search) });
         }
         for _ in 0..2 {
-            best.offer(&self.affine_sums_of(&best.fit, search.n_max), totals, search);
+            let [sums] = self.affine_sums(known, &[Ruler::of(&best.fit)], None, search.n_max);
+            best.offer(&sums, known, search);
         }
         best.fit
     }
 
-    /// Smallest and largest weight of each lane.
+    /// What is known before there are codes.
     #[inline(always)]
-    fn range(&self) -> (Lanes<L>, Lanes<L>) {
-        let (mut lo, mut hi) = (self.x[0], self.x[0]);
-        for x in &self.x {
-            for l in 0..L {
-                lo[l] = if x[l] < lo[l] { x[l] } else { lo[l] };
-                hi[l] = if x[l] > hi[l] { x[l] } else { hi[l] };
-            }
-        }
-        (lo, hi)
-    }
-
-    #[inline(always)]
-    fn totals(&self) -> Totals<L> {
-        let mut t = Totals { w: [0.0; L], wx: [0.0; L] };
+    fn known(&self) -> Known<L> {
+        let mut known = Known { lo: self.x[0], hi: self.x[0], w: [0.0; L], wx: [0.0; L] };
         for (x, w) in self.x.iter().zip(&self.w) {
             for l in 0..L {
-                t.w[l] += w[l];
-                t.wx[l] += w[l] * x[l];
+                known.lo[l] = if x[l] < known.lo[l] { x[l] } else { known.lo[l] };
+                known.hi[l] = if x[l] > known.hi[l] { x[l] } else { known.hi[l] };
+                known.w[l] += w[l];
+                known.wx[l] += w[l] * x[l];
             }
         }
-        t
+        known
     }
 }
 
@@ -205,7 +231,7 @@ struct Best<const L: usize> {
 impl<const L: usize> Best<L> {
     /// Takes the least-squares fit for codes with these sums where it is better.
     #[inline(always)]
-    fn offer(&mut self, s: &Sums<L>, t: &Totals<L>, search: &Search) {
+    fn offer(&mut self, s: &Sums<L>, t: &Known<L>, search: &Search) {
         let (mut scale, mut min) = ([0.0; L], [0.0; L]);
         for l in 0..L {
             let det = t.w[l] * s.wqq[l] - s.wq[l] * s.wq[l];
@@ -250,6 +276,42 @@ impl<const S: usize, const L: usize> Blocks<S, L> {
     fn fit(&self, j: usize) -> Fit<L> {
         fit_of(&self.d, &self.dmin, &self.sc[j], &self.m[j])
     }
+
+    /// The same with another `d` and the integers `0 ..= sub_max` that come closest to these scales with it.
+    #[inline(always)]
+    fn with_d(&self, d: &Lanes<L>, fits: &[Fit<L>; S], sub_max: f32) -> Self {
+        let mut blocks = Blocks { d: round_f16(d), ..*self };
+        let inverse = inverse(&blocks.d);
+        for (sc, fit) in blocks.sc.iter_mut().zip(fits) {
+            *sc = integers(&fit.scale, &inverse, 0.0, sub_max);
+        }
+        blocks
+    }
+
+    /// The same with another `dmin`.
+    #[inline(always)]
+    fn with_dmin(&self, dmin: &Lanes<L>, fits: &[Fit<L>; S], sub_max: f32) -> Self {
+        let mut blocks = Blocks { dmin: round_f16(dmin), ..*self };
+        let inverse = inverse(&blocks.dmin);
+        for (m, fit) in blocks.m.iter_mut().zip(fits) {
+            *m = integers(&fit.min, &inverse, 0.0, sub_max);
+        }
+        blocks
+    }
+
+    /// The codes of the blocks that these were found for, with sub-blocks of `N` weights.
+    #[inline(always)]
+    pub fn codes<const N: usize, const LEN: usize>(
+        &self,
+        blocks: &[[f32; LEN]],
+        n_max: f32,
+    ) -> Codes<LEN, L> {
+        let mut fits = [self.fit(0); S];
+        for j in 1..S {
+            fits[j] = self.fit(j);
+        }
+        codes_of::<N, S, LEN, L>(blocks, &fits, n_max)
+    }
 }
 
 #[inline(always)]
@@ -262,50 +324,34 @@ impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
     #[inline(always)]
     pub fn affine_blocks(&self, search: &Search, sub_max: f32) -> Blocks<S, L> {
         let mut fits = [Fit { scale: [0.0; L], min: [0.0; L] }; S];
-        let mut totals = [Totals { w: [0.0; L], wx: [0.0; L] }; S];
+        let mut known = [self.0[0].known(); S];
         let (mut top_scale, mut top_min) = ([0.0; L], [0.0; L]);
         for j in 0..S {
-            totals[j] = self.0[j].totals();
-            fits[j] = self.0[j].affine_fit(&totals[j], search);
+            known[j] = self.0[j].known();
+            fits[j] = self.0[j].affine_fit(&known[j], search);
             raise(&mut top_scale, &fits[j].scale);
             raise(&mut top_min, &fits[j].min);
         }
         let (d, dmin) = (map(&top_scale, |v| v / sub_max), map(&top_min, |v| v / sub_max));
-        let with_d = |blocks: &Blocks<S, L>, d: &Lanes<L>| {
-            let mut blocks = Blocks { d: round_f16(d), ..*blocks };
-            let inverse = inverse(&blocks.d);
-            for (sc, fit) in blocks.sc.iter_mut().zip(&fits) {
-                *sc = integers(&fit.scale, &inverse, 0.0, sub_max);
-            }
-            blocks
-        };
-        let with_dmin = |blocks: &Blocks<S, L>, dmin: &Lanes<L>| {
-            let mut blocks = Blocks { dmin: round_f16(dmin), ..*blocks };
-            let inverse = inverse(&blocks.dmin);
-            for (m, fit) in blocks.m.iter_mut().zip(&fits) {
-                *m = integers(&fit.min, &inverse, 0.0, sub_max);
-            }
-            blocks
-        };
         let zero = Blocks { d: [0.0; L], dmin: [0.0; L], sc: [[0.0; L]; S], m: [[0.0; L]; S] };
-        let mut blocks = with_dmin(&with_d(&zero, &d), &dmin);
+        let mut blocks = zero.with_d(&d, &fits, sub_max).with_dmin(&dmin, &fits, sub_max);
         let mut error = [[0.0; L]; S];
         for j in 0..S {
-            [error[j]] = self.0[j].affine_errors(&[Trial::of(blocks.fit(j))], search.n_max);
+            [error[j]] = self.0[j].affine_errors(&known[j], &[blocks.fit(j)], search.n_max);
         }
         for k in 1..STARTS {
             let factor = start_factor(k, sub_max);
             // Both trials start from the same blocks.
             let trials = [
-                with_d(&blocks, &map(&d, |d| d * factor)),
-                with_dmin(&blocks, &map(&dmin, |dmin| dmin * factor)),
+                blocks.with_d(&map(&d, |d| d * factor), &fits, sub_max),
+                blocks.with_dmin(&map(&dmin, |dmin| dmin * factor), &fits, sub_max),
             ];
-            self.keep_better(&trials, &mut blocks, &mut error, search.n_max);
+            self.keep_better(&trials, &mut blocks, &mut error, &known, search.n_max);
         }
         for round in 0..3 {
-            self.improve_integers(&mut blocks, &mut error, search.n_max, sub_max);
+            self.improve_integers(&mut blocks, &mut error, &known, search.n_max, sub_max);
             if round < 2 {
-                self.improve_d(&mut blocks, &mut error, &totals, search.n_max);
+                self.improve_d(&mut blocks, &mut error, &known, search.n_max);
             }
         }
         blocks
@@ -318,16 +364,17 @@ impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
         trials: &[Blocks<S, L>; C],
         blocks: &mut Blocks<S, L>,
         error: &mut [Lanes<L>; S],
+        known: &[Known<L>; S],
         n_max: f32,
     ) {
         let mut best = total(error);
         let (mut errors, mut sums) = ([[[0.0; L]; C]; S], [[0.0; L]; C]);
         for j in 0..S {
-            let mut fits = [Trial::of(trials[0].fit(j)); C];
+            let mut fits = [trials[0].fit(j); C];
             for c in 1..C {
-                fits[c] = Trial::of(trials[c].fit(j));
+                fits[c] = trials[c].fit(j);
             }
-            errors[j] = self.0[j].affine_errors(&fits, n_max);
+            errors[j] = self.0[j].affine_errors(&known[j], &fits, n_max);
             let mut possible = false;
             for c in 0..C {
                 add(&mut sums[c], &errors[j][c]);
@@ -360,6 +407,7 @@ impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
         &self,
         blocks: &mut Blocks<S, L>,
         error: &mut [Lanes<L>; S],
+        known: &[Known<L>; S],
         n_max: f32,
         sub_max: f32,
     ) {
@@ -371,9 +419,8 @@ impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
             for steps in STEPS {
                 let sc = each!(c in [0 1 2 3] => map(&from_sc, |v| limit(v + steps[c].0, 0.0, sub_max)));
                 let m = each!(c in [0 1 2 3] => map(&from_m, |v| limit(v + steps[c].1, 0.0, sub_max)));
-                let trials =
-                    each!(c in [0 1 2 3] => Trial::of(fit_of(&blocks.d, &blocks.dmin, &sc[c], &m[c])));
-                let errors = self.0[j].affine_errors(&trials, n_max);
+                let fits = each!(c in [0 1 2 3] => fit_of(&blocks.d, &blocks.dmin, &sc[c], &m[c]));
+                let errors = self.0[j].affine_errors(&known[j], &fits, n_max);
                 each!(c in [0 1 2 3] => {
                     let better = map2(&errors[c], &best_error, |e, best| if e < best { 1.0 } else { 0.0 });
                     best_error = choose(&better, &errors[c], &best_error);
@@ -391,19 +438,19 @@ impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
         &self,
         blocks: &mut Blocks<S, L>,
         error: &mut [Lanes<L>; S],
-        totals: &[Totals<L>; S],
+        known: &[Known<L>; S],
         n_max: f32,
     ) {
         let [mut aa, mut ab, mut bb, mut ax, mut bx] = [[0.0; L]; 5];
         for j in 0..S {
-            let s = self.0[j].affine_sums_of(&blocks.fit(j), n_max);
+            let [s] = self.0[j].affine_sums(&known[j], &[Ruler::of(&blocks.fit(j))], None, n_max);
             for l in 0..L {
                 let (sc, m) = (blocks.sc[j][l], blocks.m[j][l]);
                 aa[l] += sc * sc * s.wqq[l];
                 ab[l] += sc * m * s.wq[l];
-                bb[l] += m * m * totals[j].w[l];
+                bb[l] += m * m * known[j].w[l];
                 ax[l] += sc * s.wqx[l];
-                bx[l] += m * totals[j].wx[l];
+                bx[l] += m * known[j].wx[l];
             }
         }
         let (mut d, mut dmin) = ([0.0; L], [0.0; L]);
@@ -419,32 +466,25 @@ impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
             trial.d[l] = if possible { trial.d[l] } else { blocks.d[l] };
             trial.dmin[l] = if possible { trial.dmin[l] } else { blocks.dmin[l] };
         }
-        self.keep_better(&[trial], blocks, error, n_max);
+        self.keep_better(&[trial], blocks, error, known, n_max);
     }
+}
 
-    /// The codes for these fits, one per sub-block.
-    #[inline(always)]
-    fn affine_codes<const LEN: usize>(&self, fit: impl Fn(usize) -> Fit<L>, n_max: f32) -> Codes<LEN, L> {
-        let mut codes = [[0; LEN]; L];
-        for (j, sub) in self.0.iter().enumerate() {
-            let Fit { scale, min } = fit(j);
-            let inverse = inverse(&scale);
-            for (i, x) in sub.x.iter().enumerate() {
-                for (l, codes) in codes.iter_mut().enumerate() {
-                    // Not `nearest`: here what becomes of a NaN shows.
-                    let code = limit(round((x[l] + min[l]) * inverse[l]), 0.0, n_max);
-                    codes[j * N + i] = low_byte(code);
-                }
-            }
-        }
-        codes
+/// The codes of the blocks that a fit per sub-block was found for.
+#[inline(always)]
+fn codes_of<const N: usize, const S: usize, const LEN: usize, const L: usize>(
+    blocks: &[[f32; LEN]],
+    fits: &[Fit<L>; S],
+    n_max: f32,
+) -> Codes<LEN, L> {
+    let mut inverses = [[0.0; L]; S];
+    for (to, fit) in inverses.iter_mut().zip(fits) {
+        *to = inverse(&fit.scale);
     }
-
-    /// The codes of these blocks.
-    #[inline(always)]
-    pub fn affine_block_codes<const LEN: usize>(&self, blocks: &Blocks<S, L>, n_max: f32) -> Codes<LEN, L> {
-        self.affine_codes(|j| blocks.fit(j), n_max)
-    }
+    codes::<N, LEN, L>(blocks, |j, l, x| {
+        // Not `Nearest`: here what becomes of a NaN shows.
+        low_byte(limit(round((x + fits[j].min[l]) * inverses[j][l]), 0.0, n_max))
+    })
 }
 
 /// `a` where `which` is not 0, else `b`.
@@ -476,14 +516,15 @@ pub fn quantize_single<const LEN: usize, const BYTES: usize, const L: usize>(
     pack: impl Fn(f32, f32, &[u8; LEN], &mut [u8; BYTES]),
 ) {
     let cols = importance.len();
+    let mut tile = Tile::<LEN, 1, L>::EMPTY;
     for (src, dst) in src.chunks(cols).zip(dst.chunks_mut(cols / LEN * BYTES)) {
         let sigma2 = mean_square(src);
         for Group { x, importance, out } in groups::<LEN, BYTES, L>(src, Some(importance), dst) {
-            let tile = Tile::<LEN, 1, L>::new(x, importance, ErrorWeight::ImportanceSigma2(sigma2));
+            tile.load(x, importance, ErrorWeight::ImportanceSigma2(sigma2));
             let sub = &tile.0[0];
-            let fit = sub.affine_fit(&sub.totals(), search);
+            let fit = sub.affine_fit(&sub.known(), search);
             let fit = Fit { scale: round_f16(&fit.scale), min: round_f16(&fit.min) };
-            let codes: Codes<LEN, L> = tile.affine_codes(|_| fit, search.n_max);
+            let codes = codes_of::<LEN, 1, LEN, L>(x, &[fit], search.n_max);
             for (l, block) in out.iter_mut().enumerate() {
                 pack(fit.scale[l], -fit.min[l], &codes[l], block);
             }

@@ -6,6 +6,9 @@
 //! Everything here is `#[inline(always)]`, so that it is compiled with the features of [`crate::isa`]'s functions.
 
 pub mod affine;
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)] // instructions
+mod avx512;
 pub mod grid;
 pub mod signed;
 
@@ -15,8 +18,10 @@ pub type Lanes<const L: usize> = [f32; L];
 /// Ranges of weights smaller than this are taken as zero: no f16 scale could express them.
 const TINY: f32 = 1e-15;
 
-/// A sub-block of `N` weights of each of `L` blocks: `x[i][lane]`, with the weight of each squared error in `w`.
+/// A sub-block of `N` weights of each of `L` blocks: `x[i][lane]`, with the weight of each squared error in `w`. Aligned, so
+/// that no lane array lies across two cache lines.
 #[derive(Clone, Copy)]
+#[repr(align(64))]
 pub struct Sub<const N: usize, const L: usize> {
     x: [Lanes<L>; N],
     w: [Lanes<L>; N],
@@ -54,31 +59,26 @@ pub enum ErrorWeight {
 }
 
 impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
-    /// Transposes up to `L` blocks; further lanes are zero.
+    /// A place for blocks.
+    pub const EMPTY: Self = Self([Sub { x: [[0.0; L]; N], w: [[0.0; L]; N] }; S]);
+
+    /// Takes up to `L` blocks; further lanes are zero.
     #[inline(always)]
-    pub fn new<const LEN: usize>(
+    pub fn load<const LEN: usize>(
+        &mut self,
         blocks: &[[f32; LEN]],
         importance: Option<Importance<LEN>>,
         weight: ErrorWeight,
-    ) -> Self {
+    ) {
         const { assert!(LEN == N * S, "a block is its sub-blocks") };
-        let mut tile = Self([Sub { x: [[0.0; L]; N], w: [[0.0; L]; N] }; S]);
-        for (lane, block) in blocks.iter().take(L).enumerate() {
-            for (sub, x) in tile.0.iter_mut().zip(block.as_chunks::<N>().0) {
-                for (to, v) in sub.x.iter_mut().zip(x) {
-                    to[lane] = *v;
-                }
-            }
-            let Some(importance) = importance else { continue };
-            let importance = &importance.row[(importance.first + lane) % importance.row.len()];
-            for (sub, w) in tile.0.iter_mut().zip(importance.as_chunks::<N>().0) {
-                for (to, v) in sub.w.iter_mut().zip(w) {
-                    to[lane] = *v;
-                }
+        for (j, Sub { x, w }) in self.0.iter_mut().enumerate() {
+            transpose(|lane| blocks.get(lane), j * N, x);
+            if let Some(Importance { row, first }) = importance {
+                let block = |lane| (lane < blocks.len()).then(|| &row[(first + lane) % row.len()]);
+                transpose(block, j * N, w);
             }
         }
-        tile.weigh(weight);
-        tile
+        self.weigh(weight);
     }
 
     /// Sets the weights of the errors; the importance, where there is one, is in their place.
@@ -105,6 +105,31 @@ impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
                 };
                 store(w, new);
             }
+        }
+    }
+}
+
+/// Puts weights `first .. first + N` of up to `L` blocks into `lanes`, a block in each; further lanes become zero. `block`
+/// gives the block of a lane.
+#[inline(always)]
+fn transpose<'a, const N: usize, const L: usize, const LEN: usize>(
+    block: impl Fn(usize) -> Option<&'a [f32; LEN]>,
+    first: usize,
+    lanes: &mut [Lanes<L>; N],
+) {
+    #[cfg(target_arch = "x86_64")]
+    if L == 16 && N.is_multiple_of(16) && block(15).is_some() {
+        for (i, lanes) in lanes.as_chunks_mut::<16>().0.iter_mut().enumerate() {
+            let row =
+                |lane| block(lane).expect("all lanes")[first + 16 * i..].first_chunk().expect("16 weights");
+            avx512::transpose(row, lanes);
+        }
+        return;
+    }
+    for lane in 0..L {
+        let block = block(lane);
+        for (i, to) in lanes.iter_mut().enumerate() {
+            to[lane] = block.map_or(0.0, |block| block[first + i]);
         }
     }
 }
@@ -193,17 +218,6 @@ pub fn nearest<const L: usize>(x: f32, hi: f32) -> f32 {
     f32::from_bits(if bits > 0 { bits } else { 0 } as u32)
 }
 
-/// The same of a number that is not negative.
-#[inline(always)]
-pub fn nearest_above<const L: usize>(x: f32, hi: f32) -> f32 {
-    if L < 16 {
-        let x = round(x);
-        return if x < hi { x } else { hi };
-    }
-    let (bits, hi) = (x.round_ties_even().to_bits(), hi.to_bits());
-    f32::from_bits(if bits < hi { bits } else { hi })
-}
-
 /// How many scales of the scales are tried: the one that maps the largest to the largest integer, and further ones that
 /// map it to half an integer less each. They round all the other scales differently.
 const STARTS: usize = 9;
@@ -259,6 +273,24 @@ fn total<const S: usize, const L: usize>(x: &[Lanes<L>; S]) -> Lanes<L> {
 
 /// The codes of up to `L` blocks, each in row order.
 pub type Codes<const LEN: usize, const L: usize> = [[u8; LEN]; L];
+
+/// `code(j, l, x)` for each weight x of sub-block j, of `N` weights, of block l.
+#[inline(always)]
+fn codes<const N: usize, const LEN: usize, const L: usize>(
+    blocks: &[[f32; LEN]],
+    code: impl Fn(usize, usize, f32) -> u8,
+) -> Codes<LEN, L> {
+    let mut codes = [[0; LEN]; L];
+    for (l, (block, codes)) in blocks.iter().zip(&mut codes).enumerate() {
+        let subs = block.as_chunks::<N>().0.iter().zip(codes.as_chunks_mut::<N>().0);
+        for (j, (x, codes)) in subs.enumerate() {
+            for (x, to) in x.iter().zip(codes) {
+                *to = code(j, l, *x);
+            }
+        }
+    }
+    codes
+}
 
 /// Mean square of a row, summed in a fixed order.
 #[inline(always)]

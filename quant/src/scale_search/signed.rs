@@ -5,8 +5,8 @@
 
 use super::grid::Grid;
 use super::{
-    Codes, ErrorWeight, Lanes, STARTS, Sub, TINY, Tile, add, any_less, integers, inverse, limit, map, map2,
-    mean_square, ratio, round_f16, start_factor, total,
+    Codes, ErrorWeight, Lanes, STARTS, Sub, TINY, Tile, add, any_less, codes, integers, inverse, limit, map,
+    map2, mean_square, ratio, round_f16, start_factor, total,
 };
 use crate::codec::{Group, groups};
 
@@ -100,6 +100,20 @@ impl<const S: usize, const L: usize> Blocks<S, L> {
     #[inline(always)]
     fn scale(&self, j: usize) -> Lanes<L> {
         scale_of(&self.d, &self.sc[j])
+    }
+
+    /// The grid numbers of the blocks that these were found for, with sub-blocks of `N` weights, each through `code`.
+    #[inline(always)]
+    pub fn codes<G: Grid, const N: usize, const LEN: usize>(
+        &self,
+        blocks: &[[f32; LEN]],
+        code: impl Fn(f32) -> u8,
+    ) -> Codes<LEN, L> {
+        let mut scales = [self.scale(0); S];
+        for j in 1..S {
+            scales[j] = self.scale(j);
+        }
+        codes_of::<G, N, S, LEN, L>(blocks, &scales, code)
     }
 }
 
@@ -207,35 +221,20 @@ impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
             }
         }
     }
+}
 
-    /// The grid numbers for these scales, one per sub-block, each through `code`.
-    #[inline(always)]
-    fn signed_codes<G: Grid, const LEN: usize>(
-        &self,
-        scale: impl Fn(usize) -> Lanes<L>,
-        code: impl Fn(f32) -> u8,
-    ) -> Codes<LEN, L> {
-        let mut codes = [[0; LEN]; L];
-        for (j, sub) in self.0.iter().enumerate() {
-            let inverse = inverse(&scale(j));
-            for (i, x) in sub.x.iter().enumerate() {
-                for (l, codes) in codes.iter_mut().enumerate() {
-                    codes[j * N + i] = code(G::nearest(x[l] * inverse[l]));
-                }
-            }
-        }
-        codes
+/// The grid numbers of the blocks that a scale per sub-block was found for, each through `code`.
+#[inline(always)]
+fn codes_of<G: Grid, const N: usize, const S: usize, const LEN: usize, const L: usize>(
+    blocks: &[[f32; LEN]],
+    scales: &[Lanes<L>; S],
+    code: impl Fn(f32) -> u8,
+) -> Codes<LEN, L> {
+    let mut inverses = [[0.0; L]; S];
+    for (to, scale) in inverses.iter_mut().zip(scales) {
+        *to = inverse(scale);
     }
-
-    /// The codes of these blocks.
-    #[inline(always)]
-    pub fn signed_block_codes<G: Grid, const LEN: usize>(
-        &self,
-        blocks: &Blocks<S, L>,
-        code: impl Fn(f32) -> u8,
-    ) -> Codes<LEN, L> {
-        self.signed_codes::<G, LEN>(|j| blocks.scale(j), code)
-    }
+    codes::<N, LEN, L>(blocks, |j, l, x| code(G::nearest(x * inverses[j][l])))
 }
 
 /// Quantizes blocks of `LEN` weights that have an f16 scale each. `code` turns a grid number into its code, `pack`
@@ -250,15 +249,16 @@ pub fn quantize_single<G: Grid, const LEN: usize, const BYTES: usize, const L: u
     pack: impl Fn(f32, &[u8; LEN], &mut [u8; BYTES]),
 ) {
     let cols = importance.map_or(src.len(), <[f32]>::len).max(1);
+    let mut tile = Tile::<LEN, 1, L>::EMPTY;
     for (src, dst) in src.chunks(cols).zip(dst.chunks_mut(cols / LEN * BYTES)) {
         let weight = match importance {
             Some(_) => ErrorWeight::ImportanceSigma2(mean_square(src)),
             None => ErrorWeight::Square,
         };
         for Group { x, importance, out } in groups::<LEN, BYTES, L>(src, importance, dst) {
-            let tile = Tile::<LEN, 1, L>::new(x, importance, weight);
+            tile.load(x, importance, weight);
             let scale = round_f16(&tile.0[0].signed_fit::<G>(search));
-            let codes: Codes<LEN, L> = tile.signed_codes::<G, LEN>(|_| scale, &code);
+            let codes = codes_of::<G, LEN, 1, LEN, L>(x, &[scale], &code);
             for ((block, d), codes) in out.iter_mut().zip(scale).zip(&codes) {
                 pack(d, codes, block);
             }

@@ -1,0 +1,171 @@
+//! What plain loops over lanes cannot say, in instructions of AVX-512.
+
+use std::arch::x86_64::*;
+
+use super::affine::{Fit, Ruler, Sums};
+use super::{Lanes, Sub, limit};
+
+/// The codes `0 ..= n_max`, looked up in a table that goes on beyond them at both ends. One instruction then limits an
+/// integer and makes a float of it, where rounding and limiting floats takes four. That there is one says that `L` is 16.
+#[derive(Clone, Copy)]
+pub struct Table<const L: usize> {
+    /// Codes of the integers 0 to 15.
+    low: __m512,
+    /// Codes of the integers 16 to 23, then those of -8 to -1: the place of an integer is its low five bits.
+    high: __m512,
+}
+
+impl<const L: usize> Table<L> {
+    /// The table has the codes of numbers between these.
+    const LEAST: f32 = -8.5;
+    const MOST: f32 = 23.5;
+
+    /// The table, if sixteen lanes go together and the codes find room in it.
+    #[inline(always)]
+    pub fn of(n_max: f32) -> Option<Self> {
+        if L != 16 || n_max > 15.0 {
+            return None;
+        }
+        let (mut low, mut high) = ([0.0; L], [0.0; L]);
+        for i in 0..L {
+            low[i] = limit(i as f32, 0.0, n_max);
+            high[i] = if i < 8 { n_max } else { 0.0 };
+        }
+        // SAFETY: the arrays have sixteen floats; sixteen lanes are for `isa::avx512` alone, which has the features.
+        unsafe { Some(Self { low: load(&low), high: load(&high) }) }
+    }
+
+    /// Whether it has the codes of all weights between these two with this ruler.
+    #[inline(always)]
+    pub fn reaches(&self, lo: &Lanes<L>, hi: &Lanes<L>, ruler: &Ruler<L>) -> bool {
+        // SAFETY: there is a table, hence `L` is 16 and the features are there, see `of`.
+        unsafe {
+            let (min, inverse) = (load(&ruler.min), load(&ruler.inverse));
+            // Larger weights have larger numbers, so that the ends speak for all.
+            let least = _mm512_mul_ps(_mm512_add_ps(load(lo), min), inverse);
+            let most = _mm512_mul_ps(_mm512_add_ps(load(hi), min), inverse);
+            let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(least, _mm512_set1_ps(Self::LEAST));
+            let below = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(most, _mm512_set1_ps(Self::MOST));
+            above & below == u16::MAX
+        }
+    }
+
+    /// [`Sub::affine_sums`] with rulers that the table reaches.
+    #[inline(always)]
+    pub fn sums<const N: usize, const C: usize>(
+        &self,
+        sub: &Sub<N, L>,
+        rulers: &[Ruler<L>; C],
+        shifted: Option<&[Lanes<L>; N]>,
+    ) -> [Sums<L>; C] {
+        let mut sums = [Sums { wq: [0.0; L], wqq: [0.0; L], wqx: [0.0; L] }; C];
+        // SAFETY: there is a table, hence `L` is 16 and the features are there, see `of`.
+        unsafe {
+            let zero = _mm512_setzero_ps();
+            let (mut wq, mut wqq, mut wqx) = ([zero; C], [zero; C], [zero; C]);
+            for i in 0..N {
+                let (x, w) = (load(&sub.x[i]), load(&sub.w[i]));
+                for c in 0..C {
+                    let y = match shifted {
+                        Some(y) => load(&y[i]),
+                        None => _mm512_add_ps(x, load(&rulers[c].min)),
+                    };
+                    let q = self.codes(_mm512_mul_ps(y, load(&rulers[c].inverse)));
+                    let product = _mm512_mul_ps(w, q);
+                    wq[c] = _mm512_add_ps(wq[c], product);
+                    wqq[c] = _mm512_add_ps(wqq[c], _mm512_mul_ps(product, q));
+                    wqx[c] = _mm512_add_ps(wqx[c], _mm512_mul_ps(product, x));
+                }
+            }
+            for c in 0..C {
+                store(&mut sums[c].wq, wq[c]);
+                store(&mut sums[c].wqq, wqq[c]);
+                store(&mut sums[c].wqx, wqx[c]);
+            }
+        }
+        sums
+    }
+
+    /// [`Sub::affine_errors`] with rulers that the table reaches.
+    #[inline(always)]
+    pub fn errors<const N: usize, const C: usize>(
+        &self,
+        sub: &Sub<N, L>,
+        fits: &[Fit<L>; C],
+        rulers: &[Ruler<L>; C],
+    ) -> [Lanes<L>; C] {
+        let mut errors = [[0.0; L]; C];
+        // SAFETY: there is a table, hence `L` is 16 and the features are there, see `of`.
+        unsafe {
+            let mut sums = [_mm512_setzero_ps(); C];
+            for i in 0..N {
+                let (x, w) = (load(&sub.x[i]), load(&sub.w[i]));
+                for c in 0..C {
+                    let y = _mm512_add_ps(x, load(&rulers[c].min));
+                    let q = self.codes(_mm512_mul_ps(y, load(&rulers[c].inverse)));
+                    let e = _mm512_sub_ps(y, _mm512_mul_ps(load(&fits[c].scale), q));
+                    sums[c] = _mm512_add_ps(sums[c], _mm512_mul_ps(w, _mm512_mul_ps(e, e)));
+                }
+            }
+            for c in 0..C {
+                store(&mut errors[c], sums[c]);
+            }
+        }
+        errors
+    }
+
+    /// The codes nearest to these numbers, ties to even.
+    #[inline(always)]
+    unsafe fn codes(&self, numbers: __m512) -> __m512 {
+        // SAFETY: the caller has the features.
+        unsafe { _mm512_permutex2var_ps(self.low, _mm512_cvtps_epi32(numbers), self.high) }
+    }
+}
+
+/// Puts rows `0 .. 16` side by side. Each step interleaves pieces that are twice as long as those of the step before:
+/// floats, pairs of them, then quarters of the vectors twice. Nothing happens unless `L` is 16.
+#[inline(always)]
+pub fn transpose<'a, const L: usize>(row: impl Fn(usize) -> &'a [f32; 16], lanes: &mut [Lanes<L>; 16]) {
+    if L != 16 {
+        return;
+    }
+    // SAFETY: the arrays have sixteen floats; sixteen lanes are for `isa::avx512` alone, which has the features.
+    unsafe {
+        let zero = _mm512_setzero_ps();
+        let (mut pairs, mut fours) = ([zero; 16], [zero; 16]);
+        for i in (0..16).step_by(2) {
+            let (a, b) = (load(row(i)), load(row(i + 1)));
+            pairs[i] = _mm512_unpacklo_ps(a, b);
+            pairs[i + 1] = _mm512_unpackhi_ps(a, b);
+        }
+        for i in (0..16).step_by(4) {
+            for half in 0..2 {
+                let (a, b) = (_mm512_castps_pd(pairs[i + half]), _mm512_castps_pd(pairs[i + 2 + half]));
+                fours[i + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+                fours[i + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+            }
+        }
+        // Quarter q of fours[i + c] has column 4 q + c of rows i .. i + 4.
+        for c in 0..4 {
+            let (a, b, d, e) = (fours[c], fours[4 + c], fours[8 + c], fours[12 + c]);
+            let even = (_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0x88>(d, e));
+            let odd = (_mm512_shuffle_f32x4::<0xdd>(a, b), _mm512_shuffle_f32x4::<0xdd>(d, e));
+            store(&mut lanes[c], _mm512_shuffle_f32x4::<0x88>(even.0, even.1));
+            store(&mut lanes[4 + c], _mm512_shuffle_f32x4::<0x88>(odd.0, odd.1));
+            store(&mut lanes[8 + c], _mm512_shuffle_f32x4::<0xdd>(even.0, even.1));
+            store(&mut lanes[12 + c], _mm512_shuffle_f32x4::<0xdd>(odd.0, odd.1));
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn load<const L: usize>(lanes: &Lanes<L>) -> __m512 {
+    // SAFETY: the caller has the features and `L` is 16.
+    unsafe { _mm512_loadu_ps(lanes.as_ptr()) }
+}
+
+#[inline(always)]
+unsafe fn store<const L: usize>(lanes: &mut Lanes<L>, v: __m512) {
+    // SAFETY: the caller has the features and `L` is 16.
+    unsafe { _mm512_storeu_ps(lanes.as_mut_ptr(), v) };
+}
