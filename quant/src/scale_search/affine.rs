@@ -4,7 +4,7 @@
 #![allow(clippy::needless_range_loop)]
 
 #[cfg(target_arch = "x86_64")]
-use super::avx512::Table;
+use super::avx512::Passes;
 use super::{
     Codes, ErrorWeight, Lanes, STARTS, Sub, TINY, Tile, add, any_less, codes, integers, inverse, limit,
     low_byte, map, map2, mean_square, nearest, ratio, round, round_f16, start_factor, store, total,
@@ -20,6 +20,9 @@ macro_rules! each {
 /// Candidates that are tried in one pass over a sub-block. A pass alone is short, and what it begins and ends with would
 /// take as long as half of it.
 const TOGETHER: usize = 3;
+
+/// The most candidates of a search.
+const MOST: usize = 39;
 
 /// What a search tries.
 #[derive(Clone, Copy)]
@@ -61,30 +64,15 @@ impl<const L: usize> Ruler<L> {
 
 /// What is known of a sub-block before there are codes.
 #[derive(Clone, Copy)]
-struct Known<const L: usize> {
+pub(super) struct Known<const L: usize> {
     /// The smallest weight.
-    lo: Lanes<L>,
+    pub lo: Lanes<L>,
     /// The largest.
-    hi: Lanes<L>,
+    pub hi: Lanes<L>,
     /// Sum of the weights of the errors.
     w: Lanes<L>,
     /// Sum of `w x`.
     wx: Lanes<L>,
-}
-
-impl<const L: usize> Known<L> {
-    /// The table of the codes `0 ..= n_max`, if it is the way to the codes of these rulers.
-    #[cfg(target_arch = "x86_64")]
-    #[inline(always)]
-    fn table<const C: usize>(&self, rulers: &[Ruler<L>; C], n_max: f32) -> Option<Table<L>> {
-        let table = Table::of(n_max)?;
-        let mut reaches = true;
-        for ruler in rulers {
-            // Not to stop at the first keeps the loop free of branches.
-            reaches &= table.reaches(&self.lo, &self.hi, ruler);
-        }
-        reaches.then_some(table)
-    }
 }
 
 /// Sums over a sub-block for given codes q.
@@ -95,8 +83,13 @@ pub(super) struct Sums<const L: usize> {
     pub wqx: Lanes<L>,
 }
 
+impl<const L: usize> Sums<L> {
+    pub const ZERO: Self = Self { wq: [0.0; L], wqq: [0.0; L], wqx: [0.0; L] };
+}
+
 impl<const N: usize, const L: usize> Sub<N, L> {
     /// The sums for the codes of each ruler. `shifted` is `x + min`, where that is the same for all of them.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))] // `known` is for AVX-512
     #[inline(always)]
     fn affine_sums<const C: usize>(
         &self,
@@ -106,15 +99,15 @@ impl<const N: usize, const L: usize> Sub<N, L> {
         n_max: f32,
     ) -> [Sums<L>; C] {
         #[cfg(target_arch = "x86_64")]
-        if let Some(table) = known.table(rulers, n_max) {
-            return table.sums(self, rulers, shifted);
+        if let Some(passes) = Passes::of(n_max) {
+            return passes.sums(self, known, rulers, shifted);
         }
-        let mut sums = [Sums { wq: [0.0; L], wqq: [0.0; L], wqx: [0.0; L] }; C];
+        let mut sums = [Sums::ZERO; C];
         for (i, (x, w)) in self.x.iter().zip(&self.w).enumerate() {
             for (s, Ruler { min, inverse }) in sums.iter_mut().zip(rulers) {
                 for l in 0..L {
                     let y = shifted.map_or_else(|| x[l] + min[l], |y| y[i][l]);
-                    let q = nearest::<L>(y * inverse[l], n_max);
+                    let q = nearest(y * inverse[l], n_max);
                     let wq = w[l] * q;
                     s.wq[l] += wq;
                     s.wqq[l] += wq * q;
@@ -126,6 +119,7 @@ impl<const N: usize, const L: usize> Sub<N, L> {
     }
 
     /// Weighted squared errors of each lane after rounding with each of these fits.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))] // `known` is for AVX-512
     #[inline(always)]
     fn affine_errors<const C: usize>(
         &self,
@@ -138,23 +132,29 @@ impl<const N: usize, const L: usize> Sub<N, L> {
             rulers[c] = Ruler::of(&fits[c]);
         }
         #[cfg(target_arch = "x86_64")]
-        if let Some(table) = known.table(&rulers, n_max) {
-            return table.errors(self, fits, &rulers);
+        if let Some(passes) = Passes::of(n_max) {
+            return passes.errors(self, known, fits, &rulers);
         }
         let mut errors = [[0.0; L]; C];
-        for (x, w) in self.x.iter().zip(&self.w) {
-            for (error, (Fit { scale, .. }, Ruler { min, inverse })) in
-                errors.iter_mut().zip(fits.iter().zip(&rulers))
-            {
-                for l in 0..L {
-                    let y = x[l] + min[l];
-                    let q = nearest::<L>(y * inverse[l], n_max);
-                    let e = y - scale[l] * q;
-                    error[l] += w[l] * (e * e);
-                }
-            }
+        // One after the other: together the compiler would take the fits as lanes.
+        for (error, (fit, ruler)) in errors.iter_mut().zip(fits.iter().zip(&rulers)) {
+            *error = self.affine_error(fit, ruler, n_max);
         }
         errors
+    }
+
+    #[inline(always)]
+    fn affine_error(&self, fit: &Fit<L>, ruler: &Ruler<L>, n_max: f32) -> Lanes<L> {
+        let mut error = [0.0; L];
+        for (x, w) in self.x.iter().zip(&self.w) {
+            for l in 0..L {
+                let y = x[l] + ruler.min[l];
+                let q = nearest(y * ruler.inverse[l], n_max);
+                let e = y - fit.scale[l] * q;
+                error[l] += w[l] * (e * e);
+            }
+        }
+        error
     }
 
     /// The best scale and offset of each lane on its own: for each candidate scale and offset the codes, for the codes
@@ -166,10 +166,11 @@ impl<const N: usize, const L: usize> Sub<N, L> {
             lo = map(&lo, |v| if v < 0.0 { v } else { 0.0 });
         }
         let range = map2(&known.hi, &lo, |hi, lo| hi - lo);
-        let inverse_of = |k: usize| {
+        let mut inverses = [[0.0; L]; MOST];
+        for (k, inverse) in inverses.iter_mut().enumerate().take(search.n.next_multiple_of(TOGETHER)) {
             let t = search.n_max + search.first + search.step * k as f32;
-            map(&range, |r| ratio(t, r, TINY))
-        };
+            store(inverse, map(&range, |r| ratio(t, r, TINY)));
+        }
         let fit = Fit {
             scale: map(&range, |r| if r > TINY { r / search.n_max } else { 0.0 }),
             min: map(&lo, |v| -v),
@@ -183,13 +184,13 @@ impl<const N: usize, const L: usize> Sub<N, L> {
             store(x, shifted);
         }
         for k in (0..search.n).step_by(TOGETHER) {
-            let rulers = each!(c in [0 1 2] => Ruler { min: fit.min, inverse: inverse_of(k + c) });
+            let rulers = each!(c in [0 1 2] => Ruler { min: fit.min, inverse: inverses[k + c] });
             let sums = self.affine_sums(known, &rulers, Some(&above), search.n_max);
             each!(c in [0 1 2] => if k + c < search.n { best.offer(&sums[c], known, search) });
         }
         // ... then half a step below.
         for k in (0..search.n).step_by(TOGETHER) {
-            let inverses = each!(c in [0 1 2] => inverse_of(k + c));
+            let inverses = each!(c in [0 1 2] => inverses[k + c]);
             let mins = each!(c in [0 1 2] => map2(&inverses[c], &lo, |inverse, lo| {
                 let half = 0.5 / inverse;
                 let min = if inverse > 0.0 { -lo - half } else { -lo };
@@ -411,23 +412,21 @@ impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
         n_max: f32,
         sub_max: f32,
     ) {
-        const STEPS: [[(f32, f32); 4]; 2] =
-            [[(-1., 0.), (1., 0.), (0., -1.), (0., 1.)], [(-1., -1.), (1., 1.), (-1., 1.), (1., -1.)]];
+        const STEPS: [(f32, f32); 8] =
+            [(-1., 0.), (1., 0.), (0., -1.), (0., 1.), (-1., -1.), (1., 1.), (-1., 1.), (1., -1.)];
         for j in 0..S {
             let (from_sc, from_m) = (blocks.sc[j], blocks.m[j]);
             let (mut best_error, mut best_sc, mut best_m) = (error[j], from_sc, from_m);
-            for steps in STEPS {
-                let sc = each!(c in [0 1 2 3] => map(&from_sc, |v| limit(v + steps[c].0, 0.0, sub_max)));
-                let m = each!(c in [0 1 2 3] => map(&from_m, |v| limit(v + steps[c].1, 0.0, sub_max)));
-                let fits = each!(c in [0 1 2 3] => fit_of(&blocks.d, &blocks.dmin, &sc[c], &m[c]));
-                let errors = self.0[j].affine_errors(&known[j], &fits, n_max);
-                each!(c in [0 1 2 3] => {
-                    let better = map2(&errors[c], &best_error, |e, best| if e < best { 1.0 } else { 0.0 });
-                    best_error = choose(&better, &errors[c], &best_error);
-                    best_sc = choose(&better, &sc[c], &best_sc);
-                    best_m = choose(&better, &m[c], &best_m);
-                });
-            }
+            let sc = each!(c in [0 1 2 3 4 5 6 7] => map(&from_sc, |v| limit(v + STEPS[c].0, 0.0, sub_max)));
+            let m = each!(c in [0 1 2 3 4 5 6 7] => map(&from_m, |v| limit(v + STEPS[c].1, 0.0, sub_max)));
+            let fits = each!(c in [0 1 2 3 4 5 6 7] => fit_of(&blocks.d, &blocks.dmin, &sc[c], &m[c]));
+            let errors = self.0[j].affine_errors(&known[j], &fits, n_max);
+            each!(c in [0 1 2 3 4 5 6 7] => {
+                let better = map2(&errors[c], &best_error, |e, best| if e < best { 1.0 } else { 0.0 });
+                best_error = choose(&better, &errors[c], &best_error);
+                best_sc = choose(&better, &sc[c], &best_sc);
+                best_m = choose(&better, &m[c], &best_m);
+            });
             (error[j], blocks.sc[j], blocks.m[j]) = (best_error, best_sc, best_m);
         }
     }

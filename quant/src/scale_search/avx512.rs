@@ -2,124 +2,211 @@
 
 use std::arch::x86_64::*;
 
-use super::affine::{Fit, Ruler, Sums};
+use super::affine::{Fit, Known, Ruler, Sums};
 use super::{Lanes, Sub, limit};
 
-/// The codes `0 ..= n_max`, looked up in a table that goes on beyond them at both ends. One instruction then limits an
-/// integer and makes a float of it, where rounding and limiting floats takes four. That there is one says that `L` is 16.
+/// The passes over a sub-block for codes `0 ..= n_max`. That there are any says that `L` is 16.
+pub struct Passes<const L: usize> {
+    n_max: f32,
+}
+
+/// A way to the nearest codes, ties to even.
+trait Nearest: Copy {
+    /// The codes of numbers. Call it with the features of AVX-512.
+    unsafe fn codes(self, numbers: __m512) -> __m512;
+}
+
+/// Looks integers up in a table that goes on beyond the codes at both ends. One instruction then limits an integer and makes
+/// a float of it.
 #[derive(Clone, Copy)]
-pub struct Table<const L: usize> {
+struct Table {
     /// Codes of the integers 0 to 15.
     low: __m512,
     /// Codes of the integers 16 to 23, then those of -8 to -1: the place of an integer is its low five bits.
     high: __m512,
 }
 
-impl<const L: usize> Table<L> {
+impl Table {
     /// The table has the codes of numbers between these.
     const LEAST: f32 = -8.5;
     const MOST: f32 = 23.5;
+    /// The largest code that finds room.
+    const N_MAX: f32 = 15.0;
+}
 
-    /// The table, if sixteen lanes go together and the codes find room in it.
+impl Nearest for Table {
+    #[inline(always)]
+    unsafe fn codes(self, numbers: __m512) -> __m512 {
+        // SAFETY: the caller has the features.
+        unsafe { _mm512_permutex2var_ps(self.low, _mm512_cvtps_epi32(numbers), self.high) }
+    }
+}
+
+/// Rounds, and limits the bits as integers: floats that are not negative are ordered as their bits are, and integers leave
+/// the pipes free that add floats.
+#[derive(Clone, Copy)]
+struct Limit {
+    /// The bits of the largest code.
+    n_max: __m512i,
+}
+
+impl Nearest for Limit {
+    #[inline(always)]
+    unsafe fn codes(self, numbers: __m512) -> __m512 {
+        // SAFETY: the caller has the features.
+        unsafe {
+            let rounded = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(numbers);
+            let bits = _mm512_min_epi32(_mm512_castps_si512(rounded), self.n_max);
+            _mm512_castsi512_ps(_mm512_max_epi32(bits, _mm512_setzero_si512()))
+        }
+    }
+}
+
+impl<const L: usize> Passes<L> {
+    /// The passes, if sixteen lanes go together.
     #[inline(always)]
     pub fn of(n_max: f32) -> Option<Self> {
-        if L != 16 || n_max > 15.0 {
-            return None;
-        }
-        let (mut low, mut high) = ([0.0; L], [0.0; L]);
-        for i in 0..L {
-            low[i] = limit(i as f32, 0.0, n_max);
-            high[i] = if i < 8 { n_max } else { 0.0 };
-        }
-        // SAFETY: the arrays have sixteen floats; sixteen lanes are for `isa::avx512` alone, which has the features.
-        unsafe { Some(Self { low: load(&low), high: load(&high) }) }
+        if L == 16 { Some(Self { n_max }) } else { None }
     }
 
-    /// Whether it has the codes of all weights between these two with this ruler.
-    #[inline(always)]
-    pub fn reaches(&self, lo: &Lanes<L>, hi: &Lanes<L>, ruler: &Ruler<L>) -> bool {
-        // SAFETY: there is a table, hence `L` is 16 and the features are there, see `of`.
-        unsafe {
-            let (min, inverse) = (load(&ruler.min), load(&ruler.inverse));
-            // Larger weights have larger numbers, so that the ends speak for all.
-            let least = _mm512_mul_ps(_mm512_add_ps(load(lo), min), inverse);
-            let most = _mm512_mul_ps(_mm512_add_ps(load(hi), min), inverse);
-            let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(least, _mm512_set1_ps(Self::LEAST));
-            let below = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(most, _mm512_set1_ps(Self::MOST));
-            above & below == u16::MAX
-        }
-    }
-
-    /// [`Sub::affine_sums`] with rulers that the table reaches.
+    /// `Sub::affine_sums`.
     #[inline(always)]
     pub fn sums<const N: usize, const C: usize>(
         &self,
         sub: &Sub<N, L>,
+        known: &Known<L>,
         rulers: &[Ruler<L>; C],
         shifted: Option<&[Lanes<L>; N]>,
     ) -> [Sums<L>; C] {
-        let mut sums = [Sums { wq: [0.0; L], wqq: [0.0; L], wqx: [0.0; L] }; C];
-        // SAFETY: there is a table, hence `L` is 16 and the features are there, see `of`.
+        // SAFETY: there are passes, hence `L` is 16; sixteen lanes are for `isa::avx512` alone, which has the features.
         unsafe {
-            let zero = _mm512_setzero_ps();
-            let (mut wq, mut wqq, mut wqx) = ([zero; C], [zero; C], [zero; C]);
-            for i in 0..N {
-                let (x, w) = (load(&sub.x[i]), load(&sub.w[i]));
-                for c in 0..C {
-                    let y = match shifted {
-                        Some(y) => load(&y[i]),
-                        None => _mm512_add_ps(x, load(&rulers[c].min)),
-                    };
-                    let q = self.codes(_mm512_mul_ps(y, load(&rulers[c].inverse)));
-                    let product = _mm512_mul_ps(w, q);
-                    wq[c] = _mm512_add_ps(wq[c], product);
-                    wqq[c] = _mm512_add_ps(wqq[c], _mm512_mul_ps(product, q));
-                    wqx[c] = _mm512_add_ps(wqx[c], _mm512_mul_ps(product, x));
-                }
-            }
-            for c in 0..C {
-                store(&mut sums[c].wq, wq[c]);
-                store(&mut sums[c].wqq, wqq[c]);
-                store(&mut sums[c].wqx, wqx[c]);
+            if self.table_reaches(known, rulers) {
+                sums(sub, rulers, shifted, self.table())
+            } else {
+                sums(sub, rulers, shifted, self.limit())
             }
         }
-        sums
     }
 
-    /// [`Sub::affine_errors`] with rulers that the table reaches.
+    /// `Sub::affine_errors`.
     #[inline(always)]
     pub fn errors<const N: usize, const C: usize>(
         &self,
         sub: &Sub<N, L>,
+        known: &Known<L>,
         fits: &[Fit<L>; C],
         rulers: &[Ruler<L>; C],
     ) -> [Lanes<L>; C] {
-        let mut errors = [[0.0; L]; C];
-        // SAFETY: there is a table, hence `L` is 16 and the features are there, see `of`.
+        // SAFETY: as above.
         unsafe {
-            let mut sums = [_mm512_setzero_ps(); C];
-            for i in 0..N {
-                let (x, w) = (load(&sub.x[i]), load(&sub.w[i]));
-                for c in 0..C {
-                    let y = _mm512_add_ps(x, load(&rulers[c].min));
-                    let q = self.codes(_mm512_mul_ps(y, load(&rulers[c].inverse)));
-                    let e = _mm512_sub_ps(y, _mm512_mul_ps(load(&fits[c].scale), q));
-                    sums[c] = _mm512_add_ps(sums[c], _mm512_mul_ps(w, _mm512_mul_ps(e, e)));
-                }
-            }
-            for c in 0..C {
-                store(&mut errors[c], sums[c]);
+            if self.table_reaches(known, rulers) {
+                errors(sub, fits, rulers, self.table())
+            } else {
+                errors(sub, fits, rulers, self.limit())
             }
         }
-        errors
     }
 
-    /// The codes nearest to these numbers, ties to even.
+    /// Whether the table has the codes of all weights with each of these rulers.
     #[inline(always)]
-    unsafe fn codes(&self, numbers: __m512) -> __m512 {
-        // SAFETY: the caller has the features.
-        unsafe { _mm512_permutex2var_ps(self.low, _mm512_cvtps_epi32(numbers), self.high) }
+    unsafe fn table_reaches<const C: usize>(&self, known: &Known<L>, rulers: &[Ruler<L>; C]) -> bool {
+        if self.n_max > Table::N_MAX {
+            return false;
+        }
+        let mut reaches = u16::MAX;
+        // SAFETY: the caller has the features and `L` is 16.
+        unsafe {
+            // Not to stop at the first that it does not reach keeps the loop free of branches.
+            for ruler in rulers {
+                let (min, inverse) = (load(&ruler.min), load(&ruler.inverse));
+                // Larger weights have larger numbers, so that the ends speak for all.
+                let least = _mm512_mul_ps(_mm512_add_ps(load(&known.lo), min), inverse);
+                let most = _mm512_mul_ps(_mm512_add_ps(load(&known.hi), min), inverse);
+                reaches &= _mm512_cmp_ps_mask::<_CMP_GT_OQ>(least, _mm512_set1_ps(Table::LEAST))
+                    & _mm512_cmp_ps_mask::<_CMP_LT_OQ>(most, _mm512_set1_ps(Table::MOST));
+            }
+        }
+        reaches == u16::MAX
     }
+
+    #[inline(always)]
+    unsafe fn table(&self) -> Table {
+        let (mut low, mut high) = ([0.0; L], [0.0; L]);
+        for i in 0..L {
+            low[i] = limit(i as f32, 0.0, self.n_max);
+            high[i] = if i < 8 { self.n_max } else { 0.0 };
+        }
+        // SAFETY: the caller has the features and `L` is 16.
+        unsafe { Table { low: load(&low), high: load(&high) } }
+    }
+
+    #[inline(always)]
+    unsafe fn limit(&self) -> Limit {
+        // SAFETY: the caller has the features.
+        unsafe { Limit { n_max: _mm512_castps_si512(_mm512_set1_ps(self.n_max)) } }
+    }
+}
+
+#[inline(always)]
+unsafe fn sums<const N: usize, const C: usize, const L: usize>(
+    sub: &Sub<N, L>,
+    rulers: &[Ruler<L>; C],
+    shifted: Option<&[Lanes<L>; N]>,
+    nearest: impl Nearest,
+) -> [Sums<L>; C] {
+    let mut sums = [Sums::ZERO; C];
+    // SAFETY: the caller has the features and `L` is 16.
+    unsafe {
+        let zero = _mm512_setzero_ps();
+        let (mut wq, mut wqq, mut wqx) = ([zero; C], [zero; C], [zero; C]);
+        for i in 0..N {
+            let (x, w) = (load(&sub.x[i]), load(&sub.w[i]));
+            for c in 0..C {
+                let y = match shifted {
+                    Some(y) => load(&y[i]),
+                    None => _mm512_add_ps(x, load(&rulers[c].min)),
+                };
+                let q = nearest.codes(_mm512_mul_ps(y, load(&rulers[c].inverse)));
+                let product = _mm512_mul_ps(w, q);
+                wq[c] = _mm512_add_ps(wq[c], product);
+                wqq[c] = _mm512_add_ps(wqq[c], _mm512_mul_ps(product, q));
+                wqx[c] = _mm512_add_ps(wqx[c], _mm512_mul_ps(product, x));
+            }
+        }
+        for c in 0..C {
+            store(&mut sums[c].wq, wq[c]);
+            store(&mut sums[c].wqq, wqq[c]);
+            store(&mut sums[c].wqx, wqx[c]);
+        }
+    }
+    sums
+}
+
+#[inline(always)]
+unsafe fn errors<const N: usize, const C: usize, const L: usize>(
+    sub: &Sub<N, L>,
+    fits: &[Fit<L>; C],
+    rulers: &[Ruler<L>; C],
+    nearest: impl Nearest,
+) -> [Lanes<L>; C] {
+    let mut errors = [[0.0; L]; C];
+    // SAFETY: the caller has the features and `L` is 16.
+    unsafe {
+        let mut sums = [_mm512_setzero_ps(); C];
+        for i in 0..N {
+            let (x, w) = (load(&sub.x[i]), load(&sub.w[i]));
+            for c in 0..C {
+                let y = _mm512_add_ps(x, load(&rulers[c].min));
+                let q = nearest.codes(_mm512_mul_ps(y, load(&rulers[c].inverse)));
+                let e = _mm512_sub_ps(y, _mm512_mul_ps(load(&fits[c].scale), q));
+                sums[c] = _mm512_add_ps(sums[c], _mm512_mul_ps(w, _mm512_mul_ps(e, e)));
+            }
+        }
+        for c in 0..C {
+            store(&mut errors[c], sums[c]);
+        }
+    }
+    errors
 }
 
 /// Puts rows `0 .. 16` side by side. Each step interleaves pieces that are twice as long as those of the step before:

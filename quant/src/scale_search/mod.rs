@@ -206,16 +206,8 @@ pub fn limit(x: f32, lo: f32, hi: f32) -> f32 {
 
 /// The nearest integer in `0..=hi`, ties to even; of a NaN any of them.
 #[inline(always)]
-pub fn nearest<const L: usize>(x: f32, hi: f32) -> f32 {
-    if L < 16 {
-        return limit(round(x), 0.0, hi);
-    }
-    // AVX-512 rounds with one instruction, and floats that are not negative are ordered as their bits: minimum and maximum
-    // of integers leave the pipes free that add.
-    let bits = x.round_ties_even().to_bits() as i32;
-    let hi = hi.to_bits() as i32;
-    let bits = if bits < hi { bits } else { hi };
-    f32::from_bits(if bits > 0 { bits } else { 0 } as u32)
+fn nearest(x: f32, hi: f32) -> f32 {
+    limit(round(x), 0.0, hi)
 }
 
 /// How many scales of the scales are tried: the one that maps the largest to the largest integer, and further ones that
