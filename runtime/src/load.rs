@@ -41,7 +41,11 @@ impl Model {
     /// quantized at load.
     pub fn open(path: &Path, options: &LoadOptions) -> Result<Self> {
         if path.is_dir() {
-            return Self::from_checkpoint(&Checkpoint::open(path)?, options);
+            let checkpoint = match options.quantize {
+                None => Checkpoint::open_mapped(path)?,
+                Some(_) => Checkpoint::open(path)?,
+            };
+            return Self::from_checkpoint(&checkpoint, options);
         }
         if options.quantize.is_some() {
             return Err(Error::new(ErrorKind::Usage)

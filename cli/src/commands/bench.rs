@@ -16,8 +16,8 @@ use std::time::{Duration, Instant};
 /// Measure prefill and decode speed beside the machine's own limits
 ///
 /// The limits are the rate of reading memory and the peak rates of the int8 dot product and of f32 multiply-adds, with
-/// the same instruction set and threads. Each figure is the median over the repeats, but that of reading between tokens,
-/// which is a mean. Tokens are pseudo-random, the same in every run.
+/// the same instruction set and threads. Each figure is the median over the repeats; that of reading between tokens and
+/// its share are medians over the readings. Tokens are pseudo-random, the same in every run.
 #[derive(Args)]
 #[command(after_help = "\
 Example:
@@ -27,9 +27,12 @@ Example:
 
 Figures:
   GB/s     bytes of weights that a decoded token touches, and of the state, read and written; their share is of what
-           reading other memory brings between tokens, since that changes while other programs run
+           reading other memory brings right before and after, since that changes while other programs run
   GMAC/s   multiply-adds of the matrices; prefill computes the output matrix for its last token only
-  RssAnon  the most memory that is not the mapped file, beside the measurement of the limits")]
+  RssAnon  the most memory that is not the mapped file, beside the measurement of the limits
+  RssFile  the mapped file; what of it is not in large pages is read more slowly. Linux decides that when it brings
+           the file into memory, and it does better for the runtime than for a copy or a download: if little is,
+           drop the file from the page cache (dd of=FILE oflag=nocache conv=notrunc,fdatasync count=0) and run again")]
 pub struct BenchArgs {
     #[command(flatten)]
     model: ModelArgs<ThreadCounts>,
@@ -83,8 +86,10 @@ struct Measured {
     isa: &'static str,
     threads: usize,
     limits: Limits,
-    /// Between decoded tokens.
-    reading: Spent,
+    /// Bytes per second of reading between decoded tokens.
+    read_bytes_s: Vec<f64>,
+    /// Tokens decoded per byte that reading brought in the same time, each time of the readings right before and after.
+    tok_per_read_byte: Vec<f64>,
     work: Work,
     open_ms: f64,
     first_token_ms: f64,
@@ -93,6 +98,7 @@ struct Measured {
     decode_tok_s: Vec<f64>,
     rss_anon_bytes: Option<u64>,
     rss_file_bytes: Option<u64>,
+    rss_file_large_bytes: Option<u64>,
 }
 
 impl Measured {
@@ -118,7 +124,8 @@ impl Measured {
             isa: isa.name(),
             threads,
             limits,
-            reading: Spent::default(),
+            read_bytes_s: Vec::new(),
+            tok_per_read_byte: Vec::new(),
             work: model.work(),
             open_ms,
             first_token_ms,
@@ -126,35 +133,40 @@ impl Measured {
             decode_tok_s: Vec::new(),
             rss_anon_bytes: None,
             rss_file_bytes: None,
+            rss_file_large_bytes: None,
         };
         for _ in 0..args.repeats {
             session.set_state(start.clone())?;
             let prompt = tokens.take(args.prompt);
-            let mut prefill = Spent::default();
-            steps.step("reading a prompt", || prefill.on(args.prompt, || session.prefill(&prompt)))?;
+            let prefill = steps
+                .step("reading a prompt", || Spent::on(args.prompt, || session.prefill(&prompt)))?;
             run.prefill_tok_s.extend(prefill.rate());
 
             let mut batch = match args.batch {
                 1 => None,
                 n => Some(batch_of(n, &start, Batch::new(&model, &args.model.runner_options(threads))?)?),
             };
-            let (mut decode, mut read_at) = (Spent::default(), Duration::ZERO);
+            let mut decode = Spent::default();
             steps.step("writing", || -> Result<()> {
-                for _ in 0..args.n_tokens {
+                let (mut since, mut before) = (Spent::default(), Spent::of_reading(&mut reading));
+                for i in 0..args.n_tokens {
                     let next = tokens.take(args.batch);
-                    decode.on(args.batch, || match &mut batch {
+                    let step = Spent::on(args.batch, || match &mut batch {
                         Some(batch) => {
                             batch.step(&next.iter().map(std::slice::from_ref).collect::<Vec<_>>()).map(|_| ())
                         }
                         None => session.prefill(&next),
                     })?;
-                    if decode.time - read_at > BETWEEN {
-                        read_at = decode.time;
-                        run.reading.add_read(&mut reading);
+                    decode.add(step);
+                    since.add(step);
+                    if since.time > BETWEEN || i + 1 == args.n_tokens {
+                        let after = Spent::of_reading(&mut reading);
+                        run.read_bytes_s.extend(after.rate());
+                        before.add(after);
+                        run.tok_per_read_byte
+                            .extend(since.rate().zip(before.rate()).map(|(tokens, bytes)| tokens / bytes));
+                        (since, before) = (Spent::default(), after);
                     }
-                }
-                if args.n_tokens > 0 && run.reading.amount == 0.0 {
-                    run.reading.add_read(&mut reading);
                 }
                 Ok(())
             })?;
@@ -163,6 +175,8 @@ impl Measured {
             let rss_anon = rss_anon.map(|n| n.saturating_sub(reading.n_bytes() as u64));
             run.rss_anon_bytes = run.rss_anon_bytes.max(rss_anon);
             run.rss_file_bytes = run.rss_file_bytes.max(kib_line("/proc/self/status", "RssFile:"));
+            let large = kib_line("/proc/self/smaps_rollup", "FilePmdMapped:");
+            run.rss_file_large_bytes = run.rss_file_large_bytes.max(large);
         }
         model.check_unchanged()?;
         Ok(run)
@@ -176,13 +190,16 @@ impl Measured {
 
     /// Bytes per second while writing.
     fn decode_bytes_s(&self, n_sequences: u32) -> Option<f64> {
-        let bytes = self.work.step_bytes(n_sequences.into()) as f64 / f64::from(n_sequences);
-        median(&self.decode_tok_s).map(|tok_s| tok_s * bytes)
+        median(&self.decode_tok_s).map(|tok_s| tok_s * self.bytes_per_token(n_sequences))
+    }
+
+    fn bytes_per_token(&self, n_sequences: u32) -> f64 {
+        self.work.step_bytes(n_sequences.into()) as f64 / f64::from(n_sequences)
     }
 
     /// Bytes per second while writing, of those of reading at the same time.
-    fn read_share(&self, args: &BenchArgs) -> Option<f64> {
-        Some(self.decode_bytes_s(args.batch)? / self.reading.rate()?)
+    fn read_share(&self, n_sequences: u32) -> Option<f64> {
+        median(&self.tok_per_read_byte).map(|tokens| tokens * self.bytes_per_token(n_sequences))
     }
 
     fn to_json(&self, args: &BenchArgs) -> Json {
@@ -199,8 +216,8 @@ impl Measured {
             "decode_tok_s_min": least(&self.decode_tok_s),
             "decode_tok_s_max": most(&self.decode_tok_s),
             "decode_gb_s": giga(decode_bytes_s),
-            "decode_read_share": self.read_share(args),
-            "read_between_gb_s": giga(self.reading.rate()),
+            "decode_read_share": self.read_share(args.batch),
+            "read_between_gb_s": giga(median(&self.read_bytes_s)),
             "read_gb_s": self.limits.read_bytes_s / 1e9,
             "int8_peak_gmac_s": self.limits.int8_mac_s / 1e9,
             "f32_peak_gmac_s": self.limits.f32_mac_s / 1e9,
@@ -208,6 +225,7 @@ impl Measured {
             "first_token_ms": self.first_token_ms,
             "rss_anon_bytes": self.rss_anon_bytes,
             "rss_file_bytes": self.rss_file_bytes,
+            "rss_file_large_bytes": self.rss_file_large_bytes,
             "weight_bytes_per_token": self.work.weight_bytes,
             "state_bytes": self.work.state_bytes / 2,
             "isa": self.isa,
@@ -224,7 +242,7 @@ impl Measured {
     }
 
     /// The cells of this run's column.
-    fn cells(&self, args: &BenchArgs) -> [String; 15] {
+    fn cells(&self, args: &BenchArgs) -> [String; 16] {
         let prefill_mac_s = self.prefill_mac_s(args.prompt);
         let decode_bytes_s = self.decode_bytes_s(args.batch);
         let number = |x: Option<f64>| x.map_or("-".to_owned(), |x| format!("{x:.1}"));
@@ -243,11 +261,12 @@ impl Measured {
             number(prefill_mac_s.map(|x| 100.0 * x / self.limits.int8_mac_s)),
             spread(&self.decode_tok_s),
             number(decode_bytes_s.map(|x| x / 1e9)),
-            number(self.reading.rate().map(|x| x / 1e9)),
-            number(self.read_share(args).map(|x| 100.0 * x)),
+            number(median(&self.read_bytes_s).map(|x| x / 1e9)),
+            number(self.read_share(args.batch).map(|x| 100.0 * x)),
             number(Some(self.first_token_ms)),
             bytes(self.rss_anon_bytes),
             bytes(self.rss_file_bytes),
+            bytes(self.rss_file_large_bytes),
             bytes(Some(self.work.state_bytes / 2)),
         ]
     }
@@ -273,6 +292,7 @@ fn table(args: &BenchArgs, runs: &[Measured]) -> String {
         "first token, ms".to_owned(),
         "RssAnon at most".to_owned(),
         "RssFile at most".to_owned(),
+        "  of it in large pages".to_owned(),
         "state".to_owned(),
     ];
     let columns: Vec<_> = runs.iter().map(|run| run.cells(args)).collect();
@@ -299,30 +319,29 @@ fn batch_of<'m>(n: u32, state: &State, mut batch: Batch<'m>) -> Result<Batch<'m>
 }
 
 /// What was done, in tokens or bytes, and how long it took.
-#[derive(Default)]
+#[derive(Clone, Copy, Default)]
 struct Spent {
     amount: f64,
     time: Duration,
 }
 
 impl Spent {
-    fn add(&mut self, amount: f64, time: Duration) {
-        self.amount += amount;
-        self.time += time;
+    fn add(&mut self, other: Self) {
+        self.amount += other.amount;
+        self.time += other.time;
     }
 
     /// Reads a part of memory.
-    fn add_read(&mut self, reading: &mut Reading) {
+    fn of_reading(reading: &mut Reading) -> Self {
         let (n_bytes, time) = reading.go_on();
-        self.add(n_bytes as f64, time);
+        Self { amount: n_bytes as f64, time }
     }
 
     /// Times work on so many tokens.
-    fn on(&mut self, n_tokens: u32, work: impl FnOnce() -> Result<()>) -> Result<()> {
+    fn on(n_tokens: u32, work: impl FnOnce() -> Result<()>) -> Result<Self> {
         let started = Instant::now();
         work()?;
-        self.add(n_tokens.into(), started.elapsed());
-        Ok(())
+        Ok(Self { amount: n_tokens.into(), time: started.elapsed() })
     }
 
     /// Amount per second; nothing done is no figure.

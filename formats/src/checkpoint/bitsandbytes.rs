@@ -11,7 +11,6 @@
 //!
 //! Source: `QuantState.as_dict` and `Linear8bitLt` of bitsandbytes 0.50.
 
-use super::folder::read_exact_at;
 use super::{Place, RawTensor, Shard, SourceTensor, describe_tensor, dtype_of};
 use crate::json::{Fault, Strict, describe, shorten};
 use crate::limits::{BNB_BLOCKSIZES, QUANT_STATE_BYTES_MAX};
@@ -465,7 +464,7 @@ impl Parts<'_> {
         let Some(shard) = self.shards.get(t.place.shard) else {
             return Err(self.error(ErrorKind::Usage, t));
         };
-        read_exact_at(&shard.opened.file, &shard.path, t.place.offset.saturating_add(offset), buf)
+        shard.read_at(t.place.offset.saturating_add(offset), buf)
     }
 }
 

@@ -5,6 +5,7 @@
 //! link is followed by hand: to a sibling, and `../../blobs/<hash>`, which is how the Hugging Face cache stores
 //! every file of a snapshot.
 
+use crate::map::Map;
 use crate::{Error, ErrorKind, Result};
 use rustix::fs::{Mode, OFlags};
 use std::fs::File;
@@ -12,6 +13,7 @@ use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 /// A folder held open, so that renaming it or replacing its parents changes nothing.
 pub(crate) struct Folder {
@@ -25,6 +27,45 @@ pub(crate) struct Opened {
     pub(crate) path: PathBuf,
     pub(crate) file: File,
     pub(crate) n_bytes: u64,
+    map: OnceLock<Map>,
+}
+
+impl Opened {
+    /// The file's map, made at the first call. Errors: `Changed` if the file has another size by now.
+    pub(crate) fn map(&self) -> Result<&Map> {
+        if let Some(map) = self.map.get() {
+            return Ok(map);
+        }
+        let map = Map::open(&self.path)?;
+        if map.len() as u64 != self.n_bytes {
+            return Err(self.changed(format!("{} bytes", map.len())));
+        }
+        Ok(self.map.get_or_init(|| map))
+    }
+
+    /// Fills `buf` from `offset`, from the map if there is one. Positioned, so threads may read at once.
+    ///
+    /// Errors: `Changed` if the file ends early, so has shrunk since its size was checked; `Io`.
+    pub(crate) fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
+        let shorter = || self.changed("a shorter file".to_owned()).at(offset);
+        if let Some(map) = self.map.get() {
+            let rest = usize::try_from(offset).ok().and_then(|start| map.get(start..));
+            buf.copy_from_slice(rest.and_then(|rest| rest.get(..buf.len())).ok_or_else(shorter)?);
+            return Ok(());
+        }
+        self.file.read_exact_at(buf, offset).map_err(|e| match e.kind() {
+            std::io::ErrorKind::UnexpectedEof => shorter(),
+            _ => Error::io(&self.path, "reading the file", e).at(offset),
+        })
+    }
+
+    /// That the file is not what it was.
+    pub(crate) fn changed(&self, found: String) -> Error {
+        Error::new(ErrorKind::Changed)
+            .file(&self.path)
+            .expected(format!("{} bytes, unchanged since the file was opened", self.n_bytes))
+            .found(found)
+    }
 }
 
 impl Folder {
@@ -67,13 +108,13 @@ impl Folder {
                 .expected("a regular file")
                 .found(if meta.is_dir() { "a folder" } else { "a pipe, device or socket" }));
         }
-        Ok(Some(Opened { path, file, n_bytes: meta.len() }))
+        Ok(Some(Opened { path, file, n_bytes: meta.len(), map: OnceLock::new() }))
     }
 
     /// The bytes of a small file; `None` if there is none, `Limit` if it has more than `limit` bytes.
     pub(crate) fn read(&self, name: &str, limit: u64) -> Result<Option<(PathBuf, Vec<u8>)>> {
         let Some(opened) = self.file(name)? else { return Ok(None) };
-        let Opened { path, file, n_bytes } = opened;
+        let Opened { path, file, n_bytes, .. } = opened;
         let too_large = |n: u64| {
             Error::new(ErrorKind::Limit)
                 .file(&path)
@@ -157,16 +198,4 @@ pub(crate) fn check_component(name: &str) -> Result<()> {
         _ if name.chars().any(char::is_control) => bad("a control character"),
         _ => Ok(()),
     }
-}
-
-/// Fills `buf` from `offset`. A file that ends early has shrunk since its size was checked: `Changed`.
-pub(crate) fn read_exact_at(file: &File, path: &Path, offset: u64, buf: &mut [u8]) -> Result<()> {
-    file.read_exact_at(buf, offset).map_err(|e| match e.kind() {
-        std::io::ErrorKind::UnexpectedEof => Error::new(ErrorKind::Changed)
-            .file(path)
-            .at(offset)
-            .expected(format!("{} bytes, as when the file was opened", buf.len()))
-            .found("a shorter file"),
-        _ => Error::io(path, "reading the file", e).at(offset),
-    })
 }

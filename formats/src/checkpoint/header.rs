@@ -6,7 +6,7 @@
 //! dtypes (the last wins). It also accepts NUL in names, 100 000 dimensions and any number of empty tensors. The
 //! test `the_crate_agrees` checks that whatever is accepted here means the same to the crate.
 
-use super::folder::{Opened, read_exact_at};
+use super::folder::Opened;
 use crate::json::{Fault, Strict, duplicate_key, shorten};
 use crate::limits::{
     CHECKPOINT_TENSORS_MAX, SAFETENSORS_DIMS_MAX, SAFETENSORS_HEADER_BYTES_MAX, SAFETENSORS_NAME_BYTES_MAX,
@@ -42,14 +42,14 @@ pub(super) struct Header {
 /// `is_known` tells which names the model can have. A header that lists more than a few others is refused before anything
 /// of it is kept: a short entry takes more memory than its text.
 pub(super) fn read(opened: &Opened, is_known: &dyn Fn(&str) -> bool) -> Result<Header> {
-    let Opened { path, file, n_bytes } = opened;
+    let Opened { path, n_bytes, .. } = opened;
     let mut start = [0u8; 512];
     let n = start.len().min(usize::try_from(*n_bytes).unwrap_or(usize::MAX));
     let start = start.get_mut(..n).unwrap_or_default();
-    read_exact_at(file, path, 0, start)?;
+    opened.read_at(0, start)?;
     let header_bytes = header_length(start, *n_bytes).map_err(|e| e.file(path))?;
     let mut header = vec![0; header_bytes as usize];
-    read_exact_at(file, path, LENGTH_BYTES, &mut header)?;
+    opened.read_at(LENGTH_BYTES, &mut header)?;
     let parsed = parse(&header, path, is_known)?;
     drop(header); // Its tables are about as large.
     check(&parsed, *n_bytes).map_err(|e| e.file(path))?;
@@ -525,14 +525,15 @@ impl<'de> Visitor<'de> for NumbersSeed<'_> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::folder::Folder;
     use super::*;
     use safetensors::SafeTensors;
     use std::path::Path;
 
     fn opened(path: &Path) -> Opened {
-        let file = std::fs::File::open(path).expect("the file");
-        let n_bytes = file.metadata().expect("its size").len();
-        Opened { path: path.to_owned(), file, n_bytes }
+        let (dir, name) = (path.parent().expect("a folder"), path.file_name().expect("a name"));
+        let folder = Folder::open(dir).expect("the folder");
+        folder.file(name.to_str().expect("UTF-8")).expect("no error").expect("the file")
     }
 
     #[test]

@@ -20,13 +20,12 @@ use crate::limits::{CONFIG_BYTES_MAX, INDEX_BYTES_MAX, SHARDS_MAX, TOKENIZER_BYT
 use crate::map::Map;
 use crate::tokenizer::TokenizerData;
 use crate::{Error, ErrorKind, GgmlType, Result, WeightType};
-use folder::{Folder, Opened, read_exact_at};
+use folder::{Folder, Opened};
 use index::{Index, PICKLE_SUFFIXES};
 pub use safetensors::Dtype;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 use std::time::SystemTime;
 
 /// The index of a checkpoint in several shards.
@@ -56,7 +55,6 @@ pub struct Shard {
     pub file_bytes: u64,
     opened: Opened,
     modified: Option<SystemTime>,
-    map: OnceLock<Map>,
 }
 
 /// Where bytes lie.
@@ -116,6 +114,17 @@ impl Checkpoint {
     /// Errors name file, field and offset. Kinds worth telling apart: `Unsupported` (another architecture, another
     /// quantization than bitsandbytes', another dtype), `Missing`, `Inconsistent`, `PickleRefused`, `LfsPointer`, `BadPath`.
     pub fn open(dir: &Path) -> Result<Self> {
+        Self::open_with(dir, |_| Ok(()))
+    }
+
+    /// The same, for a folder whose weights are used where they lie: shards are mapped before anything of them is read.
+    /// The map asks the system for large pages, which it makes of what is not in its cache yet; had a header or a list
+    /// of scales been read from the file first, what lies around each would stay in small ones.
+    pub fn open_mapped(dir: &Path) -> Result<Self> {
+        Self::open_with(dir, |shard| shard.map().map(|_| ()))
+    }
+
+    fn open_with(dir: &Path, prepare: impl Fn(&Opened) -> Result<()>) -> Result<Self> {
         let folder = Folder::open(dir)?;
         let config = match folder.read("config.json", CONFIG_BYTES_MAX)? {
             Some((path, bytes)) => Config::parse(&bytes, &path)?,
@@ -131,7 +140,7 @@ impl Checkpoint {
             None => None,
         };
         let n_layer = config.n_layer_at_most();
-        let (shards, raw) = open_shards(&folder, index.as_ref(), n_layer, &mut warnings)?;
+        let (shards, raw) = open_shards(&folder, index.as_ref(), n_layer, prepare, &mut warnings)?;
         drop(index);
         let tensors = bitsandbytes::assemble(&raw, &shards)?;
         drop(raw);
@@ -237,24 +246,18 @@ impl Checkpoint {
                 .expected(format!("a range in {} bytes", place.n_bytes))
                 .found(format!("{} bytes from {byte_offset}", buf.len())));
         }
-        read_exact_at(&shard.opened.file, &shard.path, place.offset.saturating_add(byte_offset), buf)
+        shard.read_at(place.offset.saturating_add(byte_offset), buf)
     }
 
     /// The map of the place's shard, made at the first call, and where in it the bytes lie.
     pub fn map(&self, place: &Place) -> Result<(Map, Range<usize>)> {
         let shard = self.shard_of(place)?;
-        let map = match shard.map.get() {
-            Some(map) => map.clone(),
-            None => {
-                let map = Map::open(&shard.path)?;
-                shard.map.get_or_init(|| map).clone()
-            }
-        };
+        let map = shard.opened.map()?;
         let range = place.offset as usize..place.offset.saturating_add(place.n_bytes) as usize;
-        if map.len() as u64 != shard.file_bytes || map.get(range.clone()).is_none() {
-            return Err(changed(shard, format!("{} bytes", map.len())));
+        if map.get(range.clone()).is_none() {
+            return Err(shard.opened.changed(format!("{} bytes", map.len())));
         }
-        Ok((map, range))
+        Ok((map.clone(), range))
     }
 
     /// `Changed` if a shard's size or time of modification is not what it was when it was opened. Called after
@@ -267,10 +270,10 @@ impl Checkpoint {
                 .metadata()
                 .map_err(|e| Error::io(&shard.path, "reading the file's size", e))?;
             if meta.len() != shard.file_bytes {
-                return Err(changed(shard, format!("{} bytes", meta.len())));
+                return Err(shard.opened.changed(format!("{} bytes", meta.len())));
             }
             if meta.modified().ok() != shard.modified {
-                return Err(changed(shard, "another time of modification".to_owned()));
+                return Err(shard.opened.changed("another time of modification".to_owned()));
             }
         }
         Ok(())
@@ -355,7 +358,7 @@ impl Checkpoint {
 impl Shard {
     /// Fills `buf` from `offset` of the file, for a hash of the whole shard.
     pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<()> {
-        read_exact_at(&self.opened.file, &self.path, offset, buf)
+        self.opened.read_at(offset, buf)
     }
 }
 
@@ -369,13 +372,6 @@ fn list_names(names: &[String]) -> String {
     let more = names.len().saturating_sub(3);
     let rest = if more > 0 { format!(" and {more} more") } else { String::new() };
     format!("tensor {}{rest}", shown.join(", "))
-}
-
-fn changed(shard: &Shard, found: String) -> Error {
-    Error::new(ErrorKind::Changed)
-        .file(&shard.path)
-        .expected(format!("{} bytes, unchanged since the file was opened", shard.file_bytes))
-        .found(found)
 }
 
 /// `PickleRefused` if the folder's weights are pickles, else `Missing`.
@@ -397,6 +393,7 @@ fn open_shards(
     folder: &Folder,
     index: Option<&Index>,
     n_layer: usize,
+    prepare: impl Fn(&Opened) -> Result<()>,
     warnings: &mut Vec<String>,
 ) -> Result<(Vec<Shard>, Vec<RawTensor>)> {
     let single = [SINGLE_NAME.to_owned()];
@@ -428,6 +425,7 @@ fn open_shards(
     }
     let (mut shards, mut tensors) = (Vec::new(), Vec::new());
     for (i, opened) in opened.into_iter().enumerate() {
+        prepare(&opened)?;
         let (shard, mut held) = open_shard(opened, i, n_layer, warnings)?;
         if let Some(index) = index {
             check_listed(&shard, i, &held, index)?;
@@ -470,7 +468,6 @@ fn open_shard(
         file_bytes: opened.n_bytes,
         opened,
         modified,
-        map: OnceLock::new(),
     };
     Ok((shard, tensors))
 }
