@@ -4,6 +4,7 @@
 
 use crate::kernels::matmul::{Job, MatrixRef};
 use crate::kernels::memory::LANES;
+use crate::kernels::x86::few::fetch_line;
 use kestrel_quant::codec::bnb8;
 use kestrel_quant::codec::scales::{Absmax, Scales};
 use std::arch::x86_64::*;
@@ -56,7 +57,10 @@ impl<'a> RowScales<'a> {
             debug_assert!(at + n_scales(n, self.shift) <= plain.len());
             // Of those that do not exist the mask keeps off; they are not handed out.
             let mask = if n == LANES { self.mask } else { mask_of(n_scales(n, self.shift)) };
-            let scales = _mm512_maskz_loadu_ps(mask, plain.as_ptr().add(at));
+            let p = plain.as_ptr().wrapping_add(at);
+            // A stream of its own beside the codes, which the processor's own prefetching leaves at the end of each page.
+            fetch_line(p.cast());
+            let scales = _mm512_maskz_loadu_ps(mask, p);
             return _mm512_permutexvar_ps(self.which, rounded_all(scales));
         }
         let at = self.first + 32 * b;
