@@ -30,9 +30,7 @@ Figures:
            reading other memory brings right before and after, since that changes while other programs run
   GMAC/s   multiply-adds of the matrices; prefill computes the output matrix for its last token only
   RssAnon  the most memory that is not the mapped file, beside the measurement of the limits
-  RssFile  the mapped file; what of it is not in large pages is read more slowly. Linux decides that when it brings
-           the file into memory, and it does better for the runtime than for a copy or a download: if little is,
-           drop the file from the page cache (dd of=FILE oflag=nocache conv=notrunc,fdatasync count=0) and run again")]
+  RssFile  the mapped file; whether it lies in large pages, which are read faster on some machines, is up to the system")]
 pub struct BenchArgs {
     #[command(flatten)]
     model: ModelArgs<ThreadCounts>,
@@ -138,8 +136,8 @@ impl Measured {
         for _ in 0..args.repeats {
             session.set_state(start.clone())?;
             let prompt = tokens.take(args.prompt);
-            let prefill = steps
-                .step("reading a prompt", || Spent::on(args.prompt, || session.prefill(&prompt)))?;
+            let prefill =
+                steps.step("reading a prompt", || Spent::on(args.prompt, || session.prefill(&prompt)))?;
             run.prefill_tok_s.extend(prefill.rate());
 
             let mut batch = match args.batch {

@@ -463,12 +463,7 @@ fn open_shard(
     }
     tensors.sort_by_key(|t| t.place.offset);
     let modified = opened.file.metadata().ok().and_then(|m| m.modified().ok());
-    let shard = Shard {
-        path: opened.path.clone(),
-        file_bytes: opened.n_bytes,
-        opened,
-        modified,
-    };
+    let shard = Shard { path: opened.path.clone(), file_bytes: opened.n_bytes, opened, modified };
     Ok((shard, tensors))
 }
 
