@@ -286,22 +286,42 @@ unsafe fn scan_block<L: Lanes>(
     let (d, bias) = (load_part::<L>(&s.d[channels.clone()]), load_part::<L>(&s.dt_bias[channels]));
     let a = s.a[b * state.len()..][..state.len()].as_ptr();
     let h = state.as_mut_ptr();
-    for t in 0..s.run.n_tokens {
-        let at = t * LANES;
-        let delta = softplus(L::load(dt.as_ptr().add(at)).add(bias));
-        let x = L::load(u.as_ptr().add(at));
-        let bc = s.bc.as_ptr().add((s.run.first + t) * s.bc_stride);
-        let token = Token { delta, delta_u: delta.mul(x), b: bc, c: bc.add(s.d_state) };
-        let mut y = [d.mul(x), L::splat(0.0)];
-        for i in (1..s.d_state).step_by(2) {
-            y = [token.advance(i - 1, a, h, y[0]), token.advance(i, a, h, y[1])];
+    let mut ahead = [Ahead { delta: d, gate: d }; AHEAD];
+    for first in (0..s.run.n_tokens).step_by(AHEAD) {
+        let tokens = first..s.run.n_tokens.min(first + AHEAD);
+        for (t, ahead) in tokens.clone().zip(&mut ahead) {
+            let at = t * LANES;
+            ahead.delta = softplus(L::load(dt.as_ptr().add(at)).add(bias));
+            ahead.gate = silu(L::load(z.as_ptr().add(at)));
         }
-        if !s.d_state.is_multiple_of(2) {
-            y[0] = token.advance(s.d_state - 1, a, h, y[0]);
+        for (t, &Ahead { delta, gate }) in tokens.zip(&ahead) {
+            let at = t * LANES;
+            let x = L::load(u.as_ptr().add(at));
+            let bc = s.bc.as_ptr().add((s.run.first + t) * s.bc_stride);
+            let token = Token { delta, delta_u: delta.mul(x), b: bc, c: bc.add(s.d_state) };
+            let mut y = [d.mul(x), L::splat(0.0)];
+            for i in (1..s.d_state).step_by(2) {
+                y = [token.advance(i - 1, a, h, y[0]), token.advance(i, a, h, y[1])];
+            }
+            if !s.d_state.is_multiple_of(2) {
+                y[0] = token.advance(s.d_state - 1, a, h, y[0]);
+            }
+            y[0].add(y[1]).mul(gate).store(u.as_mut_ptr().add(at));
         }
-        let gate = silu(L::load(z.as_ptr().add(at)));
-        y[0].add(y[1]).mul(gate).store(u.as_mut_ptr().add(at));
     }
+}
+
+/// Tokens whose [`Ahead`] is made together: each is a long chain of operations, for whose end the token's states wait, and
+/// the chains of several tokens fill each other's gaps.
+const AHEAD: usize = 16;
+
+/// What of a token does not depend on the states.
+#[derive(Clone, Copy)]
+struct Ahead<L> {
+    /// Δ
+    delta: L,
+    /// silu(z)
+    gate: L,
 }
 
 /// What a token brings to 16 channels.
