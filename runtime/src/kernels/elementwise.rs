@@ -286,15 +286,15 @@ unsafe fn scan_block<L: Lanes>(
     let (d, bias) = (load_part::<L>(&s.d[channels.clone()]), load_part::<L>(&s.dt_bias[channels]));
     let a = s.a[b * state.len()..][..state.len()].as_ptr();
     let h = state.as_mut_ptr();
-    let mut ahead = [Ahead { delta: d, gate: d }; AHEAD];
-    for first in (0..s.run.n_tokens).step_by(AHEAD) {
-        let tokens = first..s.run.n_tokens.min(first + AHEAD);
-        for (t, ahead) in tokens.clone().zip(&mut ahead) {
+    let mut made = [Stateless { delta: d, gate: d }; TOGETHER];
+    for first in (0..s.run.n_tokens).step_by(TOGETHER) {
+        let tokens = first..s.run.n_tokens.min(first + TOGETHER);
+        for (t, made) in tokens.clone().zip(&mut made) {
             let at = t * LANES;
-            ahead.delta = softplus(L::load(dt.as_ptr().add(at)).add(bias));
-            ahead.gate = silu(L::load(z.as_ptr().add(at)));
+            made.delta = softplus(L::load(dt.as_ptr().add(at)).add(bias));
+            made.gate = silu(L::load(z.as_ptr().add(at)));
         }
-        for (t, &Ahead { delta, gate }) in tokens.zip(&ahead) {
+        for (t, &Stateless { delta, gate }) in tokens.zip(&made) {
             let at = t * LANES;
             let x = L::load(u.as_ptr().add(at));
             let bc = s.bc.as_ptr().add((s.run.first + t) * s.bc_stride);
@@ -311,13 +311,13 @@ unsafe fn scan_block<L: Lanes>(
     }
 }
 
-/// Tokens whose [`Ahead`] is made together: each is a long chain of operations, for whose end the token's states wait, and
+/// Tokens whose [`Stateless`] is made together: each is a long chain of operations, for whose end the token's states wait, and
 /// the chains of several tokens fill each other's gaps.
-const AHEAD: usize = 16;
+const TOGETHER: usize = 16;
 
 /// What of a token does not depend on the states.
 #[derive(Clone, Copy)]
-struct Ahead<L> {
+struct Stateless<L> {
     /// Δ
     delta: L,
     /// silu(z)
