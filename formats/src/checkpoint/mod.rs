@@ -544,5 +544,18 @@ mod tests {
         let past = checkpoint.read(&tensor.place, 2, &mut bytes).expect_err("past the end");
         assert_eq!(past.kind(), ErrorKind::DataOutOfBounds);
         checkpoint.check_unchanged().expect("nobody wrote to it");
+
+        // From the maps the same, and the same error past the end of a shard.
+        let mapped = Checkpoint::open_mapped(&dir).expect("the tiny model");
+        assert_eq!(mapped.tensors(), checkpoint.tensors());
+        for shard in [&mapped.shards()[0], &checkpoint.shards()[0]] {
+            let mut last = vec![0; 8];
+            shard.read_at(shard.file_bytes - 8, &mut last).expect("reads");
+            assert_eq!(last, std::fs::read(&shard.path).expect("the file")[shard.file_bytes as usize - 8..]);
+            for offset in [shard.file_bytes - 7, shard.file_bytes + 1, u64::MAX] {
+                let past = shard.read_at(offset, &mut last).expect_err("past the end");
+                assert!(matches!(past.kind(), ErrorKind::Changed | ErrorKind::Io), "{offset}: {past:?}");
+            }
+        }
     }
 }
