@@ -39,7 +39,7 @@ impl Map {
         // process raises SIGBUS, which stops the process, with a message if `exit_on_fault` was called.
         let map = unsafe { memmap2::Mmap::map(&file) }.map_err(|e| Error::io(path, "mapping the file", e))?;
         // Decoding walks the whole file for every token: with pages of 4 KiB, the page tables cost two Zen 4 cores a
-        // third of the bandwidth (two Emerald Rapids cores nothing that five turns showed: 82 to 85 % of reading either
+        // third of the bandwidth (two cores of a Xeon nothing that five turns showed: 82 to 85 % of reading either
         // way). Advice only: where the system has no large pages for files, nothing changes.
         #[cfg(target_os = "linux")]
         let _ = map.advise(memmap2::Advice::HugePage);
