@@ -311,8 +311,8 @@ unsafe fn scan_block<L: Lanes>(
     }
 }
 
-/// Tokens whose [`Stateless`] is made together: each is a long chain of operations, for whose end the token's states wait, and
-/// the chains of several tokens fill each other's gaps.
+/// Tokens whose [`Stateless`] is made together: each is a long chain of operations, for whose end the token's states
+/// wait, and the chains of several tokens fill each other's gaps.
 const TOGETHER: usize = 16;
 
 /// What of a token does not depend on the states.

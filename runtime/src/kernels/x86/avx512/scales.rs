@@ -57,7 +57,7 @@ impl<'a> RowScales<'a> {
             debug_assert!(at + n_scales(n, self.shift) <= plain.len());
             // Of those that do not exist the mask keeps off; they are not handed out.
             let mask = if n == LANES { self.mask } else { mask_of(n_scales(n, self.shift)) };
-            let p = plain.as_ptr().wrapping_add(at);
+            let p = plain.as_ptr().add(at);
             // A stream of its own beside the codes, which the processor's own prefetching leaves at the end of each page.
             fetch_line(p.cast());
             let scales = _mm512_maskz_loadu_ps(mask, p);
