@@ -332,19 +332,21 @@ fn the_error_of_q4_k_as_int8() {
 }
 
 /// All types, both kinds of activations, with sizes around every tile: rows around 16 and 32, tokens around the tiles
-/// of 1, 2, 3, 4, 6, 12 and the thresholds between the two paths, columns around one panel of 1024.
+/// of 1, 2, 3, 4, 6, 12 and the thresholds between the two paths, columns around one panel of 1024. 165 rows are a high panel
+/// and a low one, 56 and 70 tokens more than the groups of a tile by one and by two.
 fn products(isa: Isa) {
-    for (threads, rows, tokens) in
-        [(1, 1, 1), (2, 47, 2), (1, 15, 13), (3, 33, 5), (2, 64, 8), (1, 17, 31), (1, 16, 64)]
-    {
-        let mut c = Compute::new(isa, threads, 64);
+    let small = [(1, 1, 1), (2, 47, 2), (1, 15, 13), (3, 33, 5), (2, 64, 8), (1, 17, 31), (1, 16, 64)];
+    let high = [(1, 165, 56), (1, 165, 70)];
+    for (threads, rows, tokens) in small.into_iter().chain(high) {
+        let mut c = Compute::new(isa, threads, 70);
+        let most_products = if rows > 128 { 7 << 20 } else { 1 << 20 };
         for ty in GgmlType::all() {
             let block = ty.block_len();
             let lens: &[usize] = if block == 1 { &[1, 15, 16, 17, 255, 1041] } else { &[1, 3, 4] };
             let long = if block == 1 { 1100 } else { 1024 / block + 1 };
             for &cols in lens.iter().chain([&long]) {
                 let cols = cols * block;
-                if cols * rows * tokens > 1 << 20 {
+                if cols * rows * tokens > most_products {
                     continue;
                 }
                 let (bytes, floats) = weights(ty, rows, cols, (rows * 1000 + cols) as u64);

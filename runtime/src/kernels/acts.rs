@@ -80,10 +80,14 @@ struct Place {
     stride: usize,
 }
 
+fn is_interleaved(kind: ActKind, n_tokens: usize) -> bool {
+    kind != ActKind::F32 && n_tokens >= INT_PANEL_TOKENS
+}
+
 /// The place of token `t` of `n_tokens` with `cols` numbers.
 fn place(kind: ActKind, n_tokens: usize, cols: usize, t: usize) -> Place {
     let (n_scales, n_sums) = (cols / kind.block_len(), sums_len(kind, cols));
-    if kind != ActKind::F32 && n_tokens >= INT_PANEL_TOKENS {
+    if is_interleaved(kind, n_tokens) {
         let (group, lane) = (t / LANES, t % LANES);
         return Place {
             floats: 0,
@@ -398,7 +402,74 @@ impl BlockMut<'_> {
     }
 }
 
+/// Sixteen interleaved tokens, or the last of them, to be filled.
+pub(crate) struct GroupMut<'a> {
+    to: ActsWriter<'a>,
+    /// Of the first token.
+    at: Place,
+    n_tokens: usize,
+}
+
+impl GroupMut<'_> {
+    /// The kind of codes.
+    pub fn kind(&self) -> ActKind {
+        self.to.kind
+    }
+
+    /// Tokens that mean something.
+    pub fn n_tokens(&self) -> usize {
+        self.n_tokens
+    }
+
+    /// Stores all tokens' scales of block `block`.
+    ///
+    /// # Safety
+    /// That of [`ActsWriter::group`], here and below.
+    pub unsafe fn put_scales(&self, block: usize, scales: &[f32; LANES]) {
+        let i = self.at.scales + block * LANES;
+        // SAFETY: the caller's promise, here and below.
+        unsafe { self.to.scales.part(i..i + LANES) }.copy_from_slice(scales);
+    }
+
+    /// Codes `col..col + n` of all tokens, [column / 4][16][4].
+    ///
+    /// # Safety
+    /// See [`Self::put_scales`].
+    pub unsafe fn codes(&self, col: usize, n: usize) -> &mut [i8] {
+        let i = self.at.codes + col * LANES;
+        // SAFETY: see above.
+        unsafe { self.to.codes.part(i..i + n * LANES) }
+    }
+
+    /// Stores all tokens' sums of codes `sub · i..sub · (i + 1)`, where the form keeps them.
+    ///
+    /// # Safety
+    /// See [`Self::put_scales`].
+    pub unsafe fn put_sums(&self, sub: usize, i: usize, sums: &[i32; LANES]) {
+        if sub == 32 || self.to.kind == ActKind::Q8x256 {
+            let i = self.at.sums + (first_sum(sub, self.to.cols) + i) * LANES;
+            // SAFETY: see above.
+            unsafe { self.to.sums.part(i..i + LANES) }.copy_from_slice(sums);
+        }
+    }
+}
+
 impl<'a> ActsWriter<'a> {
+    /// Groups of interleaved tokens; none if tokens are not interleaved.
+    pub fn n_groups(&self) -> usize {
+        if is_interleaved(self.kind, self.n_tokens) { self.n_tokens.div_ceil(LANES) } else { 0 }
+    }
+
+    /// Group `g`.
+    ///
+    /// # Safety
+    /// No other worker accesses the columns that are put, of any token of the group, at the same time.
+    pub unsafe fn group(&self, g: usize) -> GroupMut<'a> {
+        assert!(g < self.n_groups(), "group {g} of {}", self.n_groups());
+        let n_tokens = LANES.min(self.n_tokens - g * LANES);
+        GroupMut { to: *self, at: self.place(g * LANES), n_tokens }
+    }
+
     fn place(&self, t: usize) -> Place {
         assert!(t < self.n_tokens, "token {t} of {}", self.n_tokens);
         place(self.kind, self.n_tokens, self.cols, t)

@@ -13,7 +13,7 @@
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for the contracts of `Lanes` and `Matmul` alone
 
 use super::lanes::Lanes;
-use super::matmul::{F32_PANEL_TOKENS, INT_PANEL_TOKENS, Job, MatrixRef, PANEL_ROWS, Scratch};
+use super::matmul::{F32_PANEL_TOKENS, INT_PANEL_TOKENS, Job, MatrixRef, PANEL_ROWS, Scratch, panel_rows};
 use super::memory::LANES;
 use super::table::Kernels;
 use kestrel_formats::{GgmlType, WeightType};
@@ -51,8 +51,9 @@ pub(crate) unsafe fn int_matmul(kernels: &Kernels, job: &Job<'_>, scratch: &mut 
     let cols = job.weights.cols;
     let row_bytes = cols / q8_0::LEN * q8_0::BYTES;
     let mut blocks = std::mem::take(&mut scratch.blocks); // given back below
-    for row0 in job.rows.clone().step_by(PANEL_ROWS) {
-        let n_rows = PANEL_ROWS.min(job.rows.end - row0);
+    let rows_at_once = panel_rows(job.acts.n_tokens());
+    for row0 in job.rows.clone().step_by(rows_at_once) {
+        let n_rows = rows_at_once.min(job.rows.end - row0);
         for (r, row) in blocks[..n_rows * row_bytes].chunks_exact_mut(row_bytes).enumerate() {
             (kernels.to_q8_0)(&job.weights, row0 + r, row);
         }

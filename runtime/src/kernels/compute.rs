@@ -4,7 +4,7 @@ use super::acts::{ActKind, Acts};
 use super::beside;
 use super::elementwise::{Conv, D_CONV_MAX, Run, Scan};
 use super::isa::Isa;
-use super::matmul::{INT_PANEL_TOKENS, Job, MatrixRef, PANEL_ROWS, Scratch};
+use super::matmul::{INT_PANEL_TOKENS, Job, MatrixRef, Scratch};
 use super::memory::{Channels, LANES, Out, SharedMut};
 use super::table::{Kernels, kernels};
 use crate::pool::Pool;
@@ -224,7 +224,7 @@ impl Compute {
         let out = Out::token_major(out, weights.rows, then == Then::Add);
         let (kernels, n_workers) = (self.kernels, self.pool.n_workers());
         let scratch = SharedMut::new(&mut self.scratch);
-        let turns = Turns::new(weights.rows, row_unit(acts.n_tokens()), n_workers);
+        let turns = Turns::new(weights.rows, row_unit(acts.n_tokens(), weights.rows, n_workers), n_workers);
         self.pool.run(|w| {
             // SAFETY: each worker takes its own.
             let scratch = unsafe { &mut scratch.part(w..w + 1)[0] };
@@ -263,7 +263,7 @@ impl Compute {
         let scratch = SharedMut::new(&mut self.scratch);
         let turns = Turns::new(d_inner, unit, n_workers);
         // The gate is needed later only, so that its rows can make up for the large units before them.
-        let gate_turns = Turns::new(d_inner, row_unit(n_tokens), n_workers);
+        let gate_turns = Turns::new(d_inner, row_unit(n_tokens, d_inner, n_workers), n_workers);
         self.pool.run(|w| {
             // SAFETY: each worker takes its own.
             let scratch = unsafe { &mut scratch.part(w..w + 1)[0] };
@@ -355,10 +355,13 @@ impl Compute {
     }
 }
 
-/// Rows of a product that go to a worker at once. What one does when the others are done is lost time, which matters where
-/// a matrix is read within microseconds.
-fn row_unit(n_tokens: usize) -> usize {
-    if n_tokens < INT_PANEL_TOKENS { LANES } else { 2 * PANEL_ROWS }
+/// Rows of a product that go to a worker at once after its own part. What one does when the others are done is lost time,
+/// which matters where a matrix has few rows or is read within microseconds; a panel should not be too low either.
+fn row_unit(n_tokens: usize, n_rows: usize, n_workers: usize) -> usize {
+    if n_tokens < INT_PANEL_TOKENS {
+        return LANES;
+    }
+    (n_rows / (8 * n_workers)).next_multiple_of(2 * LANES).clamp(2 * LANES, 4 * LANES)
 }
 
 /// Channels go in pieces of this, so that each quantization block has one owner, and that a piece stays in its worker's

@@ -4,7 +4,7 @@
 
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for the contract of `Lanes` and of the shared writers alone
 
-use super::acts::{ActKind, ActsWriter, BlockMut};
+use super::acts::{ActKind, ActsWriter, BlockMut, GroupMut};
 use super::lanes::{Lanes, exp, load_part, silu, softplus, to_array};
 use super::memory::LANES;
 
@@ -68,6 +68,12 @@ pub(crate) unsafe fn channel_acts<L: Lanes>(
     n: usize,
 ) {
     assert!(x.len() >= n.div_ceil(LANES) * n_tokens * LANES);
+    if to.n_groups() > 0 && n.is_multiple_of(SQUARE) {
+        for g in 0..to.n_groups() {
+            quantize_group::<L>(&to.group(g), x.as_ptr().add(g * LANES * LANES), n_tokens * LANES, col, n);
+        }
+        return;
+    }
     for t in 0..n_tokens {
         put_columns::<L>(to, t, col, n, |i, _| L::load(x.as_ptr().add((i / LANES * n_tokens + t) * LANES)));
     }
@@ -100,34 +106,59 @@ unsafe fn put_columns<L: Lanes>(
     }
 }
 
+/// What the scale of a block needs to know of its numbers.
+struct Seen<L> {
+    largest: L,
+    /// NaN as soon as one number is not finite, else 0.
+    not_finite: L,
+}
+
+impl<L: Lanes> Seen<L> {
+    #[inline(always)]
+    unsafe fn nothing() -> Self {
+        Self { largest: L::splat(0.0), not_finite: L::splat(0.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn and(self, x: L) -> Self {
+        let not_finite = x.mul_add(L::splat(0.0), self.not_finite);
+        Self { largest: x.abs().at_least(self.largest), not_finite }
+    }
+
+    /// The scale and its inverse. Both are NaN if not all numbers are finite: the block then stands for NaN, so that what went
+    /// wrong is seen at the end and not rounded away.
+    #[inline(always)]
+    unsafe fn scale(self) -> (f32, f32) {
+        /// Below this the inverse would overflow; such a block is nothing but zeros.
+        const TINY: f32 = 1e-36;
+        let largest = self.largest.largest();
+        if self.not_finite.sum() != 0.0 {
+            (f32::NAN, f32::NAN)
+        } else if largest < TINY {
+            (0.0, 0.0)
+        } else {
+            (largest / 127.0, 127.0 / largest)
+        }
+    }
+}
+
 #[inline(always)]
 unsafe fn quantize_block<L: Lanes>(block: BlockMut<'_>, load: impl Fn(usize) -> L) {
-    let (mut largest, mut not_finite) = (L::splat(0.0), L::splat(0.0));
+    let mut seen = Seen::nothing();
     for i in 0..block.len() / LANES {
-        let x = load(i * LANES);
-        largest = x.abs().at_least(largest);
-        not_finite = x.mul_add(L::splat(0.0), not_finite); // NaN as soon as one number is not finite
+        seen = seen.and(load(i * LANES));
     }
-    if not_finite.sum() != 0.0 {
-        // The block stands for NaN, so that what went wrong is seen at the end and not rounded away.
-        block.put_scale(f32::NAN);
-        (0..block.len() / LANES).for_each(|i| block.put_codes(i, &[0; LANES], 0));
-        (0..block.len() / 32).for_each(|i| block.put_sum32(i, 0));
-        block.put_sum_of_all(0);
-        return;
-    }
-    let largest = largest.largest();
-    // Below this the inverse would overflow; such a block is nothing but zeros.
-    const TINY: f32 = 1e-36;
-    let (scale, inverse) = if largest < TINY { (0.0, 0.0) } else { (largest / 127.0, 127.0 / largest) };
+    let (scale, inverse) = seen.scale();
     block.put_scale(scale);
-    let inverse = L::splat(inverse);
     let mut sum_of_all = 0;
     for i in 0..block.len() / 32 {
         let mut sum32 = 0;
         for h in [2 * i, 2 * i + 1] {
             let mut codes = [0; LANES];
-            let sum = load(h * LANES).mul(inverse).round().store_i8(codes.as_mut_ptr());
+            let mut sum = 0;
+            if !inverse.is_nan() {
+                sum = load(h * LANES).mul(L::splat(inverse)).round().store_i8(codes.as_mut_ptr());
+            }
             block.put_codes(h, &codes, sum);
             sum32 += sum;
         }
@@ -135,6 +166,69 @@ unsafe fn quantize_block<L: Lanes>(block: BlockMut<'_>, load: impl Fn(usize) -> 
         sum_of_all += sum32;
     }
     block.put_sum_of_all(sum_of_all);
+}
+
+/// Columns of a group of tokens that are put in its order together: as many times four codes as there are tokens.
+const SQUARE: usize = 4 * LANES;
+
+/// [`SQUARE`] codes of each token of a group.
+#[repr(align(64))]
+struct Square([[i8; SQUARE]; LANES]);
+
+/// Columns `col..col + n` of a group := the channels at `x`, [channel / 16][token][16] with `stride` numbers from 16 channels
+/// to the next. The same codes, scales and sums as by [`quantize_block`], in half the time: what it finds token by
+/// token, and stores four bytes at a time, are vectors over tokens here. `n` is a multiple of [`SQUARE`] and of a block.
+#[inline(always)]
+unsafe fn quantize_group<L: Lanes>(group: &GroupMut<'_>, x: *const f32, stride: usize, col: usize, n: usize) {
+    let (n_tokens, len) = (group.n_tokens(), group.kind().block_len());
+    for first in (0..n).step_by(len.max(SQUARE)) {
+        let columns = first..first + len.max(SQUARE);
+        let mut inverses = [[0.0; LANES]; SQUARE / 32]; // [block of these columns][token]
+        for (i, inverses) in columns.clone().step_by(len).zip(&mut inverses) {
+            let mut scales = [0.0; LANES];
+            for t in 0..n_tokens {
+                let mut seen = Seen::<L>::nothing();
+                for block in i / LANES..(i + len) / LANES {
+                    seen = seen.and(L::load(x.add(block * stride + t * LANES)));
+                }
+                (scales[t], inverses[t]) = seen.scale();
+            }
+            group.put_scales((col + i) / len, &scales);
+        }
+        let mut sums_of_all = [0; LANES];
+        for i in columns.clone().step_by(SQUARE) {
+            let mut square = Square([[0; SQUARE]; LANES]);
+            for k in (0..SQUARE).step_by(LANES) {
+                let inverses = &inverses[(i - first + k) / len];
+                let x = x.add((i + k) / LANES * stride);
+                for t in (0..n_tokens).filter(|&t| !inverses[t].is_nan()) {
+                    let codes = L::load(x.add(t * LANES)).mul(L::splat(inverses[t])).round();
+                    codes.store_i8(square.0[t].as_mut_ptr().add(k));
+                }
+            }
+            if group.kind() == ActKind::Q8x32EvenOdd {
+                for block in square.0.as_flattened_mut().as_chunks_mut::<32>().0 {
+                    *block = std::array::from_fn(|i| block[i % LANES * 2 + i / LANES]);
+                }
+            }
+            let to = group.codes(col + i, SQUARE);
+            L::transpose(square.0.as_ptr().cast(), LANES, to.as_mut_ptr().cast());
+            for (h, codes) in to.chunks_exact(32 * LANES).enumerate() {
+                let mut sums32 = [0; LANES];
+                for (q, codes) in codes.chunks_exact(16 * LANES).enumerate() {
+                    let mut sums16 = [0; LANES];
+                    for four in codes.chunks_exact(SQUARE) {
+                        L::add_quads(&mut sums16, four.as_ptr());
+                    }
+                    group.put_sums(16, (col + i) / 16 + 2 * h + q, &sums16);
+                    sums32.iter_mut().zip(sums16).for_each(|(all, sum)| *all += sum);
+                }
+                group.put_sums(32, (col + i) / 32 + h, &sums32);
+                sums_of_all.iter_mut().zip(sums32).for_each(|(all, sum)| *all += sum);
+            }
+        }
+        group.put_sums(256, (col + first) / 256, &sums_of_all);
+    }
 }
 
 /// The largest d_conv that is executed; the architecture's limit.
@@ -342,5 +436,89 @@ impl<L: Lanes> Token<L> {
         let next = decay.mul_add(L::load(h), self.delta_u.mul(L::splat(*self.b.add(i))));
         next.store(h);
         next.mul_add(L::splat(*self.c.add(i)), y)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::acts::Acts;
+    use crate::kernels::isa::Isa;
+    use crate::kernels::table::kernels;
+
+    /// Numbers in -1..1, of which some blocks are zero, tiny or not finite.
+    fn numbers(n_tokens: usize, cols: usize) -> Vec<f32> {
+        let mut seed = 1u64;
+        let mut random = || {
+            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (seed >> 40) as f32 / (1 << 23) as f32 - 1.0
+        };
+        let mut x: Vec<f32> = (0..n_tokens * cols).map(|_| random()).collect();
+        x[..cols].fill(0.0);
+        x[cols..2 * cols].fill(1e-37);
+        x[2 * cols + 40] = f32::NAN;
+        x[3 * cols + 1] = f32::INFINITY;
+        x[(n_tokens - 1) * cols] = 100.0;
+        x
+    }
+
+    #[test]
+    fn a_group_of_tokens_is_quantized_as_each_of_them() {
+        use ActKind::*;
+        for isa in Isa::all_supported() {
+            let kernels = kernels(isa);
+            for (kind, cols, n_tokens) in [Q8x32, Q8x32EvenOdd, Q8x256]
+                .into_iter()
+                .flat_map(|kind| [(kind, 512), (kind, 768)])
+                .chain([(Q8x32, 64), (Q8x32EvenOdd, 96), (Q8x32, 192)])
+                .flat_map(|(kind, cols)| [5, 6, 16, 17, 40].map(|n_tokens| (kind, cols, n_tokens)))
+            {
+                let x = numbers(n_tokens, cols);
+                let mut channels = vec![0.0; x.len()];
+                for (i, x) in x.iter().enumerate() {
+                    let (t, c) = (i / cols, i % cols);
+                    channels[(c / LANES * n_tokens + t) * LANES + c % LANES] = *x;
+                }
+                let made = |by_channel: bool| {
+                    let mut acts = Acts::with_capacity(n_tokens, cols);
+                    acts.reset(kind, n_tokens, cols);
+                    // SAFETY: the instruction set is present, and nobody else writes.
+                    unsafe {
+                        let to = acts.writer();
+                        match by_channel {
+                            true => (kernels.channel_acts)(&channels, n_tokens, &to, 0, cols),
+                            false => {
+                                (0..n_tokens).for_each(|t| (kernels.row_acts)(&x[t * cols..][..cols], &to, t))
+                            }
+                        }
+                    }
+                    acts
+                };
+                let (got, truth) = (made(true), made(false));
+                let what = format!("{} {kind:?} {n_tokens} by {cols}", isa.name());
+                for t in 0..n_tokens {
+                    let codes = |acts: &Acts| {
+                        let mut codes = vec![0; cols];
+                        acts.copy_codes(t, 0, &mut codes);
+                        codes
+                    };
+                    assert_eq!(codes(&got), codes(&truth), "{what}: codes of {t}");
+                    for b in 0..cols / kind.block_len() {
+                        let bits = |acts: &Acts| acts.scale(t, b).to_bits();
+                        assert_eq!(bits(&got), bits(&truth), "{what}: scale {b} of {t}");
+                    }
+                    let subs: &[usize] = if kind == Q8x256 { &[16, 32, 256] } else { &[32] };
+                    for &sub in subs {
+                        for i in 0..cols / sub {
+                            assert_eq!(
+                                got.sum(t, sub, i),
+                                truth.sum(t, sub, i),
+                                "{what}: sum {sub} {i} of {t}"
+                            );
+                        }
+                    }
+                }
+            }
+        }
     }
 }

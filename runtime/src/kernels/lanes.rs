@@ -92,7 +92,16 @@ pub(crate) trait Lanes: Copy {
         Self::load(x.map(|x| half::f16::from_f32(x).to_f32()).as_ptr())
     }
 
-    /// Transposes 16 rows of 16 numbers, `stride` apart: row r of `to` gets column r.
+    /// Adds to each of 16 sums four of 64 signed bytes.
+    #[inline(always)]
+    unsafe fn add_quads(sums: &mut [i32; LANES], codes: *const i8) {
+        let codes = codes.cast::<[[i8; 4]; LANES]>().read_unaligned();
+        for (sum, quad) in sums.iter_mut().zip(codes) {
+            *sum += quad.map(i32::from).iter().sum::<i32>();
+        }
+    }
+
+    /// Transposes 16 rows of 16 numbers, `stride` apart: row r of `to` gets column r. Moves bits, whatever they stand for.
     #[inline(always)]
     unsafe fn transpose(from: *const f32, stride: usize, to: *mut f32) {
         for r in 0..LANES {

@@ -124,11 +124,19 @@ pub(crate) struct Job<'a> {
 /// worker accesses the job's rows of the output.
 pub(crate) type Matmul = unsafe fn(&Job<'_>, &mut Scratch);
 
-/// Columns of a panel that is expanded at a time: few, so that the panel, the activations that it meets and the sums
-/// stay in the first-level cache together.
+/// Columns of a panel that is expanded at a time: few, so that some of its rows, the activations that they meet and
+/// the sums stay in the first-level cache together.
 pub(crate) const PANEL_COLS: usize = 256;
-/// Rows of an expanded panel.
-pub(crate) const PANEL_ROWS: usize = 32;
+/// Rows of an expanded panel at most.
+pub(crate) const PANEL_ROWS: usize = 128;
+/// Tokens with which a panel has fewer rows.
+const FEW_TOKENS: usize = 3 * LANES;
+
+/// Rows of an expanded panel. Activations of many tokens do not fit the second-level cache, and all of them pass through it
+/// for every panel, so that it must be high; with few tokens it is the panel itself that should be near.
+pub(crate) fn panel_rows(n_tokens: usize) -> usize {
+    if n_tokens <= FEW_TOKENS { 32 } else { PANEL_ROWS }
+}
 
 /// Sub-blocks whose integer products wait for their scales at a time, where there are tiles for them.
 pub(crate) const TILE_SUBS: usize = 8;
@@ -160,7 +168,7 @@ impl Scratch {
     pub fn new(n_tokens: usize) -> Self {
         Self {
             panel: Aligned::zeroed(PANEL_COLS * PANEL_ROWS),
-            rows: Aligned::zeroed(PANEL_COLS * PANEL_ROWS),
+            rows: Aligned::zeroed(PANEL_COLS * LANES),
             scales: Aligned::zeroed(PANEL_COLS / 16 * PANEL_ROWS * 2),
             sums: Aligned::zeroed(n_tokens.next_multiple_of(LANES) * PANEL_ROWS),
             tiles: Aligned::zeroed(2 * TILE_SUBS * LANES * LANES),

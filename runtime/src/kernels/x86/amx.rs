@@ -10,7 +10,7 @@
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for the instruction set and for `Matmul`'s contract alone
 
 use super::avx512::{self, AsInt8, Avx512, close, ends_block, scale};
-use super::panel::{Format, HALF, InLarge, InSmall, Panel, Rows, STRIDE, Sweep, product};
+use super::panel::{Format, HALF, InLarge, InSmall, NextActs, Panel, Rows, STRIDE, Sweep, product};
 use super::unpack::{self, Large, Small, by_type};
 use crate::kernels;
 use crate::kernels::acts::Group;
@@ -137,7 +137,9 @@ impl<F: Format> Sweep<F> for Amx {
     unsafe fn sweep(panel: &Panel, job: &Job<'_>, n_rows: usize, k0: usize, n: usize) {
         let n_groups = job.acts.n_groups();
         for g in (0..n_groups).step_by(2) {
+            let next = NextActs::<2>::after(job, g, k0, n);
             for r in (0..n_rows).step_by(LANES) {
+                next.fetch(r / LANES, n_rows.div_ceil(LANES));
                 if g == 0 {
                     panel.fetch_next(r..r + LANES);
                 }

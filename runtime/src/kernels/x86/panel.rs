@@ -12,7 +12,7 @@ use super::few::FOUR;
 use super::unpack::{Large, Small, f16};
 use crate::kernels::acts::Group;
 use crate::kernels::lanes::Lanes;
-use crate::kernels::matmul::{Job, PANEL_COLS, PANEL_ROWS, Scratch};
+use crate::kernels::matmul::{Job, PANEL_COLS, PANEL_ROWS, Scratch, panel_rows};
 use crate::kernels::memory::LANES;
 use std::arch::x86_64::*;
 use std::marker::PhantomData;
@@ -34,8 +34,10 @@ pub(super) struct Panel {
     pub scales: *mut f32,
     /// Added to a weight, -dmin·min or m: [row][[`SUBS`]]
     pub offsets: *mut f32,
-    /// Over the panels so far: [token / 16][[`PANEL_ROWS`]][16]
-    pub sums: *mut f32,
+    /// Over the panels so far: [token / 16][`max_rows`][16]
+    sums: *mut f32,
+    /// Rows that a panel of this job has at most.
+    max_rows: usize,
     /// Tiles of integer products on their way from AMX to f32.
     pub tiles: *mut i32,
     /// What it is expanded from,
@@ -45,7 +47,7 @@ pub(super) struct Panel {
 }
 
 impl Panel {
-    fn new(scratch: &mut Scratch, this: Source, next: Option<Source>) -> Self {
+    fn new(scratch: &mut Scratch, max_rows: usize, this: Source, next: Option<Source>) -> Self {
         assert!(
             scratch.panel.len() * 4 >= PANEL_ROWS * STRIDE && scratch.scales.len() >= 2 * PANEL_ROWS * SUBS
         );
@@ -55,23 +57,24 @@ impl Panel {
             scales: scales.as_mut_ptr(),
             offsets: offsets.as_mut_ptr(),
             sums: scratch.sums.as_mut_ptr(),
+            max_rows,
             tiles: scratch.tiles.as_mut_ptr(),
             this,
             next,
         }
     }
 
-    /// Fetches the panel's columns of rows that come as far behind it as these are in it. A few rows at a time between the
-    /// products: a panel's at once would fill the buffers for misses and hold up everything behind them.
+    /// Fetches rows of the next panel; of a low one, which is soon done with, those of the panel that has the same columns of
+    /// the rows behind it. A few rows at a time between the products: a panel's at once would fill the buffers for misses
+    /// and hold up everything behind them.
     #[inline(always)]
     pub fn fetch_next(&self, rows: Range<usize>) {
-        let Source { blocks, row_bytes, n_rows, n_bytes, .. } = self.this;
+        let Source { blocks, row_bytes, n_bytes, .. } = match self.next {
+            Some(next) if self.max_rows == PANEL_ROWS => next,
+            _ => self.this.behind(),
+        };
         for r in rows {
-            let row = blocks.wrapping_add((n_rows + r) * row_bytes);
-            for line in 0..n_bytes.div_ceil(64) {
-                // SAFETY: SSE is part of x86-64; a prefetch accesses nothing that a program can see.
-                unsafe { _mm_prefetch::<_MM_HINT_T1>(row.wrapping_add(64 * line).cast()) };
-            }
+            fetch(blocks.wrapping_add(r * row_bytes), n_bytes.div_ceil(64));
         }
     }
 
@@ -91,7 +94,7 @@ impl Panel {
 
     /// The sums of row `r` with the 16 tokens of group `g`.
     pub unsafe fn sums(&self, g: usize, r: usize) -> *mut f32 {
-        self.sums.add((g * PANEL_ROWS + r) * LANES)
+        self.sums.add((g * self.max_rows + r) * LANES)
     }
 }
 
@@ -129,13 +132,18 @@ struct Source {
 impl Source {
     /// Columns `k0..` of the job's rows `row0..`, as many as a panel has.
     #[inline(always)]
-    unsafe fn of<F: Format>(job: &Job<'_>, (row0, k0): (usize, usize)) -> Self {
+    unsafe fn of<F: Format>(job: &Job<'_>, max_rows: usize, (row0, k0): (usize, usize)) -> Self {
         let row_bytes = job.weights.row_bytes();
-        let n_rows = PANEL_ROWS.min(job.rows.end - row0);
+        let n_rows = max_rows.min(job.rows.end - row0);
         let n_cols = PANEL_COLS.min(job.weights.cols - k0);
         let rows = &job.weights.bytes[row0 * row_bytes..][..n_rows * row_bytes];
         let blocks = rows.as_ptr().add(k0 / F::BLOCK * F::BYTES);
         Self { blocks, row_bytes, n_rows, n_cols, n_bytes: n_cols / F::BLOCK * F::BYTES }
+    }
+
+    /// The same columns of the rows behind it, of which there may be fewer or none.
+    fn behind(self) -> Self {
+        Self { blocks: self.blocks.wrapping_add(self.n_rows * self.row_bytes), ..self }
     }
 
     /// Four rows from `r` on, which become those of `panel`.
@@ -299,14 +307,15 @@ pub(super) trait Sweep<F: Format> {
 #[inline(always)]
 pub(super) unsafe fn product<F: Format, S: Sweep<F>>(job: &Job<'_>, scratch: &mut Scratch) {
     let (n_tokens, n_groups, cols) = (job.acts.n_tokens(), job.acts.n_groups(), job.weights.cols);
+    let max_rows = panel_rows(n_tokens);
     let of_rows = |row0| (0..cols).step_by(PANEL_COLS).map(move |k0| (row0, k0));
-    let mut places = job.rows.clone().step_by(PANEL_ROWS).flat_map(of_rows).peekable();
+    let mut places = job.rows.clone().step_by(max_rows).flat_map(of_rows).peekable();
     while let Some((row0, k0)) = places.next() {
         if k0 == 0 {
-            scratch.sums[..n_groups * PANEL_ROWS * LANES].fill(0.0);
+            scratch.sums[..n_groups * max_rows * LANES].fill(0.0);
         }
-        let next = places.peek().map(|&place| Source::of::<F>(job, place));
-        let panel = Panel::new(scratch, Source::of::<F>(job, (row0, k0)), next);
+        let next = places.peek().map(|&place| Source::of::<F>(job, max_rows, place));
+        let panel = Panel::new(scratch, max_rows, Source::of::<F>(job, max_rows, (row0, k0)), next);
         let Source { n_rows, n_cols, .. } = panel.this;
         let is_first = k0 == 0 && row0 == job.rows.start;
         match S::ahead(n_groups) {
@@ -334,26 +343,68 @@ pub(super) unsafe fn product<F: Format, S: Sweep<F>>(job: &Job<'_>, scratch: &mu
 #[inline(always)]
 unsafe fn fill<F: Format, S: Sweep<F>>(panel: &Panel, rows: Range<usize>) {
     const { assert!(S::STEPS <= 16) }
-    let mut prepared = [const { MaybeUninit::<F::Prepared>::uninit() }; PANEL_ROWS];
-    // All are prepared first, so that none waits for the one before it.
-    for r in rows.clone().step_by(S::ROWS) {
-        let rows = panel.this.rows(panel, r);
-        sixteen_times!(STEP => {
-            if STEP < F::PREPARING {
-                S::expand(STEP, &rows, prepared[r / S::ROWS].as_mut_ptr());
-            }
-        });
-    }
-    for r in rows.step_by(S::ROWS) {
-        if !S::FETCHES_NEXT {
-            panel.fetch_next(r..r + S::ROWS);
+    const AT_ONCE: usize = 32;
+    let mut prepared = [const { MaybeUninit::<F::Prepared>::uninit() }; AT_ONCE];
+    for first in rows.clone().step_by(AT_ONCE) {
+        let some = first..rows.end.min(first + AT_ONCE);
+        // All of these are prepared first, so that none waits for the one before it.
+        for r in some.clone().step_by(S::ROWS) {
+            let rows = panel.this.rows(panel, r);
+            sixteen_times!(STEP => {
+                if STEP < F::PREPARING {
+                    S::expand(STEP, &rows, prepared[(r - first) / S::ROWS].as_mut_ptr());
+                }
+            });
         }
-        let rows = panel.this.rows(panel, r);
-        sixteen_times!(STEP => {
-            if (F::PREPARING..S::STEPS).contains(&STEP) {
-                S::expand(STEP, &rows, prepared[r / S::ROWS].as_mut_ptr());
+        for r in some.step_by(S::ROWS) {
+            if !S::FETCHES_NEXT {
+                panel.fetch_next(r..r + S::ROWS);
             }
-        });
+            let rows = panel.this.rows(panel, r);
+            sixteen_times!(STEP => {
+                if (F::PREPARING..S::STEPS).contains(&STEP) {
+                    S::expand(STEP, &rows, prepared[(r - first) / S::ROWS].as_mut_ptr());
+                }
+            });
+        }
+    }
+}
+
+/// Fetches `n` lines from `p` on.
+#[inline(always)]
+fn fetch(p: *const u8, n: usize) {
+    for line in 0..n {
+        // SAFETY: SSE is part of x86-64; a prefetch accesses nothing that a program can see.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.wrapping_add(64 * line).cast()) };
+    }
+}
+
+/// The activations that come after those of some tiles: with many tokens, from beyond the second-level cache.
+pub(super) struct NextActs<const G: usize> {
+    /// Of the first of the groups, the columns of a panel.
+    codes: *const u8,
+    /// From a group to the next.
+    group_bytes: usize,
+}
+
+impl<const G: usize> NextActs<G> {
+    /// The `G` groups behind as many from `g` on, of columns `k0..k0 + n`; or the first groups, of the columns behind.
+    #[inline(always)]
+    pub fn after(job: &Job<'_>, g: usize, k0: usize, n: usize) -> Self {
+        let is_last = g + G >= job.acts.n_groups();
+        let (g, k0) = if is_last { (0, (k0 + n) % job.weights.cols) } else { (g + G, k0) };
+        let codes = job.acts.group(g).codes;
+        Self { codes: codes[k0 * LANES..].as_ptr().cast(), group_bytes: codes.len() }
+    }
+
+    /// Fetches part `i` of `n` parts.
+    #[inline(always)]
+    pub fn fetch(&self, i: usize, n: usize) {
+        const LINES: usize = PANEL_COLS * LANES / 64;
+        let (first, end) = (LINES * i / n, LINES * (i + 1) / n);
+        for j in 0..G {
+            fetch(self.codes.wrapping_add(j * self.group_bytes + 64 * first), end - first);
+        }
     }
 }
 

@@ -150,6 +150,16 @@ impl Lanes for Avx2 {
         _mm_storeu_si128(p.cast(), bytes);
         sum_dwords(_mm256_add_epi32(a, b))
     }
+    #[inline(always)]
+    unsafe fn add_quads(sums: &mut [i32; 16], codes: *const i8) {
+        for half in 0..2 {
+            let pairs = _mm256_loadu_si256(codes.add(32 * half).cast());
+            let pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), pairs);
+            let quads = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+            let to = sums.as_mut_ptr().add(8 * half).cast();
+            _mm256_storeu_si256(to, _mm256_add_epi32(_mm256_loadu_si256(to), quads));
+        }
+    }
 }
 
 /// 2^n of small whole numbers.

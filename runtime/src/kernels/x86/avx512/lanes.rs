@@ -121,6 +121,12 @@ impl Lanes for Avx512 {
         Self(_mm512_cvtph_ps(_mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0)))
     }
     #[inline(always)]
+    unsafe fn add_quads(sums: &mut [i32; 16], codes: *const i8) {
+        let (all, codes) = (_mm512_loadu_si512(sums.as_ptr().cast()), _mm512_loadu_si512(codes.cast()));
+        let all = _mm512_dpbusd_epi32(all, _mm512_set1_epi8(1), codes);
+        _mm512_storeu_si512(sums.as_mut_ptr().cast(), all);
+    }
+    #[inline(always)]
     unsafe fn transpose(from: *const f32, stride: usize, to: *mut f32) {
         let mut rows = [_mm512_setzero_si512(); 16];
         for (r, row) in rows.iter_mut().enumerate() {

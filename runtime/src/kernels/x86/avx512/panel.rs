@@ -16,8 +16,8 @@ use crate::kernels::acts::Group;
 use crate::kernels::matmul::{Job, PANEL_COLS, Scratch};
 use crate::kernels::memory::LANES;
 use crate::kernels::x86::panel::{
-    AHEAD_COLS, Ahead, Format, HALF, InLarge, InSmall, Panel, Rows, STRIDE, SUBS, Sweep, half_of, product,
-    sums_of,
+    AHEAD_COLS, Ahead, Format, HALF, InLarge, InSmall, NextActs, Panel, Rows, STRIDE, SUBS, Sweep, half_of,
+    product, sums_of,
 };
 use crate::kernels::x86::unpack::{Large, Small, f16};
 use std::arch::asm;
@@ -75,14 +75,14 @@ impl<F: Format> Sweep<F> for Vnni {
     #[inline(always)]
     unsafe fn sweep(panel: &Panel, job: &Job<'_>, n_rows: usize, k0: usize, n: usize) {
         let n_groups = job.acts.n_groups();
+        let wide = is_wide::<F>() && n_groups > FEW_GROUPS;
         let mut g = 0;
         while g < n_groups {
             match n_groups - g {
                 1 => groups::<F, 8, 1>(panel, job, n_rows, g, k0, n),
+                2 if wide => groups::<F, 8, 2>(panel, job, n_rows, g, k0, n),
                 2 => groups::<F, 4, 2>(panel, job, n_rows, g, k0, n),
-                _ if is_wide::<F>() && n_groups > FEW_GROUPS => {
-                    groups::<F, 8, 3>(panel, job, n_rows, g, k0, n)
-                }
+                _ if wide => groups::<F, 8, 3>(panel, job, n_rows, g, k0, n),
                 _ => groups::<F, 4, 3>(panel, job, n_rows, g, k0, n),
             }
             g += (n_groups - g).min(3);
@@ -102,10 +102,12 @@ unsafe fn groups<F: Format, const R: usize, const G: usize>(
 ) {
     let acts = each!([job.acts.group(g); G], i => job.acts.group(g + i));
     let ahead = <Vnni as Sweep<F>>::ahead(job.acts.n_groups()) == Some(R);
+    let next = NextActs::<G>::after(job, g, k0, n);
     for r in (0..n_rows).step_by(R) {
         if g == 0 {
             panel.fetch_next(r..r + R);
         }
+        next.fetch(r / R, n_rows.div_ceil(R));
         match ahead {
             true => tile::<F, R, G, true>(panel, &acts, r, g, k0, n),
             false => tile::<F, R, G, false>(panel, &acts, r, g, k0, n),
