@@ -132,8 +132,9 @@ pub(crate) const PANEL_ROWS: usize = 128;
 /// Tokens with which a panel has fewer rows.
 const FEW_TOKENS: usize = 3 * LANES;
 
-/// Rows of an expanded panel. Activations of many tokens do not fit the second-level cache, and all of them pass through it
-/// for every panel, so that it must be high; with few tokens it is the panel itself that should be near.
+/// Rows of an expanded panel. Activations of many tokens do not fit the second-level cache and pass through it once for every
+/// panel, so that there must be few, high ones; with few tokens it is the panel that should be near. ARCHITECTURE.md has the
+/// figures ("High panels").
 pub(crate) fn panel_rows(n_tokens: usize) -> usize {
     if n_tokens <= FEW_TOKENS { 32 } else { PANEL_ROWS }
 }

@@ -139,7 +139,9 @@ impl<F: Format> Sweep<F> for Amx {
         for g in (0..n_groups).step_by(2) {
             let next = NextActs::<2>::after(job, g, k0, n);
             for r in (0..n_rows).step_by(LANES) {
-                next.fetch(r / LANES, n_rows.div_ceil(LANES));
+                if panel.is_high() {
+                    next.fetch(r / LANES, n_rows.div_ceil(LANES));
+                }
                 if g == 0 {
                     panel.fetch_next(r..r + LANES);
                 }

@@ -70,12 +70,18 @@ impl Panel {
     #[inline(always)]
     pub fn fetch_next(&self, rows: Range<usize>) {
         let Source { blocks, row_bytes, n_bytes, .. } = match self.next {
-            Some(next) if self.max_rows == PANEL_ROWS => next,
+            Some(next) if self.is_high() => next,
             _ => self.this.behind(),
         };
         for r in rows {
             fetch(blocks.wrapping_add(r * row_bytes), n_bytes.div_ceil(64));
         }
+    }
+
+    /// Whether it is one for many tokens, see [`panel_rows`].
+    #[inline(always)]
+    pub fn is_high(&self) -> bool {
+        self.max_rows == PANEL_ROWS
     }
 
     /// The first row of the last of its tiles of `tile` rows.
@@ -379,7 +385,7 @@ fn fetch(p: *const u8, n: usize) {
     }
 }
 
-/// The activations that come after those of some tiles: with many tokens, from beyond the second-level cache.
+/// The activations that come after those of some tiles, where they come from beyond the second-level cache.
 pub(super) struct NextActs<const G: usize> {
     /// Of the first of the groups, the columns of a panel.
     codes: *const u8,

@@ -107,7 +107,9 @@ unsafe fn groups<F: Format, const R: usize, const G: usize>(
         if g == 0 {
             panel.fetch_next(r..r + R);
         }
-        next.fetch(r / R, n_rows.div_ceil(R));
+        if panel.is_high() {
+            next.fetch(r / R, n_rows.div_ceil(R));
+        }
         match ahead {
             true => tile::<F, R, G, true>(panel, &acts, r, g, k0, n),
             false => tile::<F, R, G, false>(panel, &acts, r, g, k0, n),
