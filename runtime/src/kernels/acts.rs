@@ -410,7 +410,7 @@ pub(crate) struct GroupMut<'a> {
     n_tokens: usize,
 }
 
-impl GroupMut<'_> {
+impl<'a> GroupMut<'a> {
     /// The kind of codes.
     pub fn kind(&self) -> ActKind {
         self.to.kind
@@ -435,7 +435,7 @@ impl GroupMut<'_> {
     ///
     /// # Safety
     /// See [`Self::put_scales`].
-    pub unsafe fn codes(&self, col: usize, n: usize) -> &mut [i8] {
+    pub unsafe fn codes(&self, col: usize, n: usize) -> &'a mut [i8] {
         let i = self.at.codes + col * LANES;
         // SAFETY: see above.
         unsafe { self.to.codes.part(i..i + n * LANES) }
