@@ -80,6 +80,7 @@ struct Place {
     stride: usize,
 }
 
+/// Whether tokens lie in groups of sixteen; see [`Acts`].
 fn is_interleaved(kind: ActKind, n_tokens: usize) -> bool {
     kind != ActKind::F32 && n_tokens >= INT_PANEL_TOKENS
 }
