@@ -42,6 +42,20 @@ impl ActKind {
             Self::Q8x256 => 256,
         }
     }
+
+    /// Whether sums of `sub` codes are kept beside them.
+    fn keeps_sums(self, sub: usize) -> bool {
+        sub == 32 || self == Self::Q8x256
+    }
+
+    /// 32 codes in the order in which they are stored.
+    #[inline(always)]
+    pub(crate) fn in_order(self, codes: [i8; 32]) -> [i8; 32] {
+        match self {
+            Self::Q8x32EvenOdd => std::array::from_fn(|i| codes[i % LANES * 2 + i / LANES]),
+            _ => codes,
+        }
+    }
 }
 
 /// Activations of some tokens, quantized as a [`ActKind`] says: `x ≈ scale * code` with `scale = max |x| / 127` over
@@ -229,12 +243,12 @@ impl Acts {
     /// Group `g` of many tokens.
     #[inline(always)]
     pub(crate) fn group(&self, g: usize) -> Group<'_> {
-        assert!(self.n_tokens >= INT_PANEL_TOKENS && self.kind != ActKind::F32);
+        assert!(is_interleaved(self.kind, self.n_tokens));
         let at = self.place(g * LANES);
         let sums = &self.sums[at.sums..];
-        let of_large = |sub: usize| match self.kind {
-            ActKind::Q8x256 => &sums[first_sum(sub, self.cols) * LANES..][..self.cols / sub * LANES],
-            _ => &[],
+        let of_large = |sub: usize| match self.kind.keeps_sums(sub) {
+            true => &sums[first_sum(sub, self.cols) * LANES..][..self.cols / sub * LANES],
+            false => &[],
         };
         Group {
             codes: &self.codes[at.codes..][..self.cols * LANES],
@@ -351,37 +365,24 @@ impl BlockMut<'_> {
         unsafe { self.to.scales.part(i..i + 1)[0] = scale };
     }
 
-    /// Stores codes `16 i..16 i + 16`, and `sum`, which is theirs, where the form keeps it.
+    /// Stores codes `32 i..32 i + 32`, and their sums: of the first sixteen and of the others.
     ///
     /// # Safety
     /// See [`Self::put_scale`].
     #[inline(always)]
-    pub unsafe fn put_codes(&self, i: usize, codes: &[i8; LANES], sum: i32) {
-        for q in 0..4 {
-            let (place, quad): (usize, [i8; 4]) = match self.to.kind {
-                ActKind::Q8x32EvenOdd => {
-                    let (odd, half) = (q / 2, q % 2);
-                    (4 * odd + 2 * i + half, std::array::from_fn(|k| codes[8 * half + 2 * k + odd]))
-                }
-                _ => (4 * i + q, std::array::from_fn(|k| codes[4 * q + k])),
-            };
-            let start = self.at.codes + (self.block * self.len() / 4 + place) * self.at.quad_stride;
-            // SAFETY: the caller's promise.
-            unsafe { self.to.codes.part(start..start + 4) }.copy_from_slice(&quad);
+    pub unsafe fn put_codes(&self, i: usize, codes: [i8; 32], sums: [i32; 2]) {
+        let codes = self.to.kind.in_order(codes);
+        for (q, quad) in codes.as_chunks::<4>().0.iter().enumerate() {
+            let start = self.at.codes + (self.block * self.len() / 4 + 8 * i + q) * self.at.quad_stride;
+            // SAFETY: the caller's promise, here and below.
+            unsafe { self.to.codes.part(start..start + 4) }.copy_from_slice(quad);
         }
-        if self.to.kind == ActKind::Q8x256 {
-            // SAFETY: the caller's promise.
-            unsafe { self.put_sum(16, i, sum) };
+        // SAFETY: see above.
+        unsafe {
+            self.put_sum(16, 2 * i, sums[0]);
+            self.put_sum(16, 2 * i + 1, sums[1]);
+            self.put_sum(32, i, sums[0] + sums[1]);
         }
-    }
-
-    /// Stores the sum of codes `32 i..32 i + 32`.
-    ///
-    /// # Safety
-    /// See [`Self::put_scale`].
-    pub unsafe fn put_sum32(&self, i: usize, sum: i32) {
-        // SAFETY: the caller's promise.
-        unsafe { self.put_sum(32, i, sum) };
     }
 
     /// Stores the sum of all codes, where the form keeps it.
@@ -389,17 +390,17 @@ impl BlockMut<'_> {
     /// # Safety
     /// See [`Self::put_scale`].
     pub unsafe fn put_sum_of_all(&self, sum: i32) {
-        if self.to.kind == ActKind::Q8x256 {
-            // SAFETY: the caller's promise.
-            unsafe { self.put_sum(256, 0, sum) };
-        }
+        // SAFETY: the caller's promise.
+        unsafe { self.put_sum(256, 0, sum) };
     }
 
     unsafe fn put_sum(&self, sub: usize, i: usize, sum: i32) {
-        let i = first_sum(sub, self.to.cols) + self.block * (self.len() / sub) + i;
-        let i = self.at.sums + i * self.at.stride;
-        // SAFETY: the caller's promise.
-        unsafe { self.to.sums.part(i..i + 1)[0] = sum };
+        if self.to.kind.keeps_sums(sub) {
+            let i = first_sum(sub, self.to.cols) + self.block * (self.len() / sub) + i;
+            let i = self.at.sums + i * self.at.stride;
+            // SAFETY: the caller's promise.
+            unsafe { self.to.sums.part(i..i + 1)[0] = sum };
+        }
     }
 }
 
@@ -447,7 +448,7 @@ impl<'a> GroupMut<'a> {
     /// # Safety
     /// See [`Self::put_scales`].
     pub unsafe fn put_sums(&self, sub: usize, i: usize, sums: &[i32; LANES]) {
-        if sub == 32 || self.to.kind == ActKind::Q8x256 {
+        if self.to.kind.keeps_sums(sub) {
             let i = self.at.sums + (first_sum(sub, self.to.cols) + i) * LANES;
             // SAFETY: see above.
             unsafe { self.to.sums.part(i..i + LANES) }.copy_from_slice(sums);

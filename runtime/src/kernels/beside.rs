@@ -14,7 +14,7 @@
 
 use super::lanes::Lanes;
 use super::matmul::{F32_PANEL_TOKENS, INT_PANEL_TOKENS, Job, MatrixRef, PANEL_ROWS, Scratch, panel_rows};
-use super::memory::LANES;
+use super::memory::{Aligned, LANES};
 use super::table::Kernels;
 use kestrel_formats::{GgmlType, WeightType};
 use kestrel_quant::codec::{bnb8, f16_bits, q8_0};
@@ -50,7 +50,7 @@ pub(crate) unsafe fn int_matmul(kernels: &Kernels, job: &Job<'_>, scratch: &mut 
     }
     let cols = job.weights.cols;
     let row_bytes = cols / q8_0::LEN * q8_0::BYTES;
-    let mut blocks = std::mem::take(&mut scratch.blocks); // given back below
+    let mut blocks = std::mem::replace(&mut scratch.blocks, Aligned::zeroed(0)); // given back below
     let rows_at_once = panel_rows(job.acts.n_tokens());
     for row0 in job.rows.clone().step_by(rows_at_once) {
         let n_rows = rows_at_once.min(job.rows.end - row0);

@@ -5,7 +5,7 @@ use super::beside;
 use super::elementwise::{Conv, D_CONV_MAX, Run, Scan};
 use super::isa::Isa;
 use super::matmul::{INT_PANEL_TOKENS, Job, MatrixRef, Scratch};
-use super::memory::{Channels, LANES, Out, SharedMut};
+use super::memory::{Aligned, Channels, LANES, Out, SharedMut};
 use super::table::{Kernels, kernels};
 use crate::pool::Pool;
 use crate::state::State;
@@ -143,7 +143,7 @@ impl Compute {
 
     /// Makes room for products of matrices with scales beside their codes, of at most `cols` columns.
     pub fn reserve_blocks(&mut self, cols: usize) {
-        self.scratch.iter_mut().for_each(|s| s.blocks.resize(beside::scratch_bytes(cols), 0));
+        self.scratch.iter_mut().for_each(|s| s.blocks = Aligned::zeroed(beside::scratch_bytes(cols)));
     }
 
     /// The instruction set at work.

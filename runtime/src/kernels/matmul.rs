@@ -161,7 +161,7 @@ pub(crate) struct Scratch {
     /// What the channels of a turn have several numbers of; see [`Self::by_channel`].
     by_channel: Aligned<f32>,
     /// Rows of a matrix of bitsandbytes as Q8_0; empty where there is none.
-    pub blocks: Vec<u8>,
+    pub blocks: Aligned<u8>,
 }
 
 impl Scratch {
@@ -175,7 +175,7 @@ impl Scratch {
             tiles: Aligned::zeroed(2 * TILE_SUBS * LANES * LANES),
             acts: Aligned::zeroed(0),
             by_channel: Aligned::zeroed(0),
-            blocks: Vec::new(),
+            blocks: Aligned::zeroed(0),
         }
     }
 

@@ -137,9 +137,9 @@ impl<F: Format> Sweep<F> for Amx {
     unsafe fn sweep(panel: &Panel, job: &Job<'_>, n_rows: usize, k0: usize, n: usize) {
         let n_groups = job.acts.n_groups();
         for g in (0..n_groups).step_by(2) {
-            let next = NextActs::<2>::after(job, g, k0, n);
+            let next = NextActs::<2>::after(panel, job, g, k0, n);
             for r in (0..n_rows).step_by(LANES) {
-                if panel.is_high() {
+                if let Some(next) = &next {
                     next.fetch(r / LANES, n_rows.div_ceil(LANES));
                 }
                 if g == 0 {

@@ -394,13 +394,17 @@ pub(super) struct NextActs<const G: usize> {
 }
 
 impl<const G: usize> NextActs<G> {
-    /// The `G` groups behind as many from `g` on, of columns `k0..k0 + n`; or the first groups, of the columns behind.
+    /// The `G` groups behind as many from `g` on, of columns `k0..k0 + n`; or the first groups, of the columns behind. None for
+    /// a low panel, whose few tokens are near.
     #[inline(always)]
-    pub fn after(job: &Job<'_>, g: usize, k0: usize, n: usize) -> Self {
+    pub fn after(panel: &Panel, job: &Job<'_>, g: usize, k0: usize, n: usize) -> Option<Self> {
+        if !panel.is_high() {
+            return None;
+        }
         let is_last = g + G >= job.acts.n_groups();
         let (g, k0) = if is_last { (0, (k0 + n) % job.weights.cols) } else { (g + G, k0) };
         let codes = job.acts.group(g).codes;
-        Self { codes: codes[k0 * LANES..].as_ptr().cast(), group_bytes: codes.len() }
+        Some(Self { codes: codes[k0 * LANES..].as_ptr().cast(), group_bytes: codes.len() })
     }
 
     /// Fetches part `i` of `n` parts.

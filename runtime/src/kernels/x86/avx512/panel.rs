@@ -75,7 +75,7 @@ impl<F: Format> Sweep<F> for Vnni {
     #[inline(always)]
     unsafe fn sweep(panel: &Panel, job: &Job<'_>, n_rows: usize, k0: usize, n: usize) {
         let n_groups = job.acts.n_groups();
-        let wide = is_wide::<F>() && n_groups > FEW_GROUPS;
+        let wide = is_wide::<F>() && panel.is_high();
         let mut g = 0;
         while g < n_groups {
             match n_groups - g {
@@ -102,12 +102,12 @@ unsafe fn groups<F: Format, const R: usize, const G: usize>(
 ) {
     let acts = each!([job.acts.group(g); G], i => job.acts.group(g + i));
     let ahead = <Vnni as Sweep<F>>::ahead(job.acts.n_groups()) == Some(R);
-    let next = NextActs::<G>::after(job, g, k0, n);
+    let next = NextActs::<G>::after(panel, job, g, k0, n);
     for r in (0..n_rows).step_by(R) {
         if g == 0 {
             panel.fetch_next(r..r + R);
         }
-        if panel.is_high() {
+        if let Some(next) = &next {
             next.fetch(r / R, n_rows.div_ceil(R));
         }
         match ahead {
