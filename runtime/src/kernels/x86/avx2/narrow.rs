@@ -4,11 +4,12 @@
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for pointers to whole blocks and for the instruction set
 
 use crate::kernels::blocks::{Order, order};
+use crate::kernels::x86::few::FOUR;
 use crate::kernels::x86::unpack::{
     Iq4Nl, Iq4Xs, Large, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0, Small, iq4_values,
 };
 use kestrel_formats::GgmlType;
-use kestrel_quant::codec::{iq4, q4, q5, q8_0};
+use kestrel_quant::codec::{iq4, q4, q4_k, q5, q5_k, q8_0};
 use std::arch::x86_64::*;
 
 /// A type with blocks of 32, two rows at a time.
@@ -35,6 +36,16 @@ unsafe fn unbiased(bias: u8, codes: __m256i, x: __m256i) -> __m256i {
         0 => products,
         _ => _mm256_sub_epi16(products, _mm256_maddubs_epi16(_mm256_set1_epi8(bias as i8), x)),
     }
+}
+
+/// The f16 at `p + at` of each of four blocks.
+#[inline(always)]
+pub(super) unsafe fn f16_four(p: &[*const u8; FOUR], at: usize) -> __m128 {
+    let mut bits = 0;
+    for i in 0..FOUR {
+        bits |= i64::from(p[i].add(at).cast::<u16>().read_unaligned()) << (16 * i);
+    }
+    _mm_cvtph_ps(_mm_cvtsi64_si128(bits))
 }
 
 /// 16 bytes of each of two rows.
@@ -116,11 +127,18 @@ impl Two for Iq4Nl {
     }
 }
 
+/// What four blocks of 256 have once.
+pub(super) struct Heads {
+    pub d: __m128,
+    pub dmin: __m128,
+    /// Of two blocks each, a block in each half: 16 as i8, or 8 and anything.
+    pub scales: [__m256i; 2],
+    pub mins: [__m256i; 2],
+}
+
 /// A type with blocks of 256; `v` and `half` count 64 codes and their halves.
 pub(super) trait Narrow: Large {
     const ORDER: Order;
-    /// Where each pair of codes has its scale among those of [`Self::spread_scales`].
-    const SCALE_OF: [[[u8; 32]; 2]; 4] = scale_of(Self::ORDER, Self::SUB);
 
     /// 32 codes.
     #[inline(always)]
@@ -140,24 +158,66 @@ pub(super) trait Narrow: Large {
         unbiased(Self::BIAS, codes, x) // at most 2·63·127
     }
 
-    /// The scale of each pair, from the first and the second eight, which are in both halves.
+    /// What four blocks have once.
     #[inline(always)]
-    unsafe fn spread_scales(scales: &[__m256i; 2], v: usize, half: usize) -> __m256i {
-        let from = scales[Self::ORDER.weight(v, 32 * half) / Self::SUB / 8];
-        _mm256_shuffle_epi8(from, _mm256_loadu_si256(Self::SCALE_OF[v][half].as_ptr().cast()))
+    unsafe fn heads(p: &[*const u8; FOUR]) -> Heads {
+        let zero = _mm256_setzero_si256();
+        let mut heads =
+            Heads { d: f16_four(p, Self::D), dmin: _mm_setzero_ps(), scales: [zero; 2], mins: [zero; 2] };
+        for h in 0..2 {
+            heads.scales[h] = _mm256_set_m128i(Self::scales(p[2 * h + 1]), Self::scales(p[2 * h]));
+        }
+        if Self::HAS_MINS {
+            heads.dmin = f16_four(p, Self::DMIN);
+            for h in 0..2 {
+                heads.mins[h] = _mm256_set_m128i(Self::mins(p[2 * h + 1]), Self::mins(p[2 * h]));
+            }
+        }
+        heads
+    }
+
+    /// The scale of each pair of codes; each is twice in a dword of `scales`, where fours of them are eight dwords apart.
+    #[inline(always)]
+    unsafe fn spread_scales(scales: *const i32, v: usize, half: usize) -> __m256i {
+        let sub = |i| Self::ORDER.weight(v, 32 * half + i) / Self::SUB;
+        let spread = |sub: usize| _mm256_set1_epi32(*scales.add(sub / 4 * 8 + sub % 4));
+        match (sub(0), sub(16)) {
+            (low, high) if low == high => spread(low),
+            (low, high) => _mm256_blend_epi32::<0xf0>(spread(low), spread(high)),
+        }
     }
 }
 
-const fn scale_of(order: Order, sub: usize) -> [[[u8; 32]; 2]; 4] {
-    let mut out = [[[0; 32]; 2]; 4];
-    let mut i = 0;
-    while i < 256 {
-        let (v, half, byte) = (i / 64, i / 32 % 2, i % 32);
-        let scale = order.weight(v, i % 64) / sub % 8;
-        out[v][half][byte] = (2 * scale + byte % 2) as u8;
-        i += 1;
+/// Those of Q4_K and Q5_K, whose blocks begin with 16 bytes of them.
+#[inline(always)]
+unsafe fn six_bit_heads(p: &[*const u8; FOUR]) -> Heads {
+    const { assert!(q4_k::D == 0 && q4_k::DMIN == 2 && q4_k::SCALES == 4) }
+    const { assert!(q5_k::D == 0 && q5_k::DMIN == 2 && q5_k::SCALES == 4) }
+    let heads = [gather16(&[p[0], p[1]], 0), gather16(&[p[2], p[3]], 0)];
+    // d and dmin of blocks 0 and 2 in the lower half, of 1 and 3 in the upper one.
+    let both = _mm256_unpacklo_epi32(heads[0], heads[1]);
+    let both = _mm_unpacklo_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256::<1>(both));
+    let both = _mm256_cvtph_ps(both);
+    let (two, more) = (_mm256_castps256_ps128(both), _mm256_extractf128_ps::<1>(both));
+    let scales = each!([heads[0]; 2], h => six_bit_scales(heads[h]));
+    Heads {
+        d: _mm_shuffle_ps::<0b10_00_10_00>(two, more),
+        dmin: _mm_shuffle_ps::<0b11_01_11_01>(two, more),
+        scales,
+        mins: each!([heads[0]; 2], h => _mm256_unpackhi_epi64(scales[h], _mm256_setzero_si256())),
     }
-    out
+}
+
+/// The 6-bit scales of two blocks, each block's first 16 bytes in its half: the eight scales, then the eight minimums.
+#[inline(always)]
+unsafe fn six_bit_scales(heads: __m256i) -> __m256i {
+    let fields = |a, b, c, d| _mm256_setr_epi32(a, b, c, d, a, b, c, d);
+    // Dwords 1 and 2 hold the first four scales and minimums whole, and the upper two bits of the others, whose lower four
+    // bits are the nibbles of dword 3.
+    let low = _mm256_srlv_epi32(_mm256_shuffle_epi32::<0b11_10_11_01>(heads), fields(0, 0, 0, 4));
+    let low = _mm256_and_si256(low, fields(0x3f3f_3f3f, 0x0f0f_0f0f, 0x3f3f_3f3f, 0x0f0f_0f0f));
+    let high = _mm256_srli_epi32::<2>(_mm256_shuffle_epi32::<0b10_10_01_01>(heads));
+    _mm256_or_si256(low, _mm256_and_si256(high, fields(0, 0x3030_3030, 0, 0x3030_3030)))
 }
 
 impl Narrow for Q2K {
@@ -170,10 +230,18 @@ impl Narrow for Q3K {
 
 impl Narrow for Q4K {
     const ORDER: Order = order(GgmlType::Q4K);
+    #[inline(always)]
+    unsafe fn heads(p: &[*const u8; FOUR]) -> Heads {
+        six_bit_heads(p)
+    }
 }
 
 impl Narrow for Q5K {
     const ORDER: Order = order(GgmlType::Q5K);
+    #[inline(always)]
+    unsafe fn heads(p: &[*const u8; FOUR]) -> Heads {
+        six_bit_heads(p)
+    }
 }
 
 impl Narrow for Q6K {

@@ -3,23 +3,28 @@
 
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for the instruction set and for `Matmul`'s contract alone
 
-use super::narrow::{Narrow, Two, pairs};
-use crate::kernels::matmul::Job;
+use super::narrow::{Heads, Narrow, Two, f16_four, pairs};
+use crate::kernels::matmul::{INT_PANEL_TOKENS, Job};
 use crate::kernels::memory::LANES;
 use crate::kernels::x86::few::{FOUR, Few, TOKENS, fetch_ahead, four_blocks, walk};
 use crate::kernels::x86::sums::{fold_eight, sum_four};
-use crate::kernels::x86::unpack::{Large, f16};
 use std::arch::x86_64::*;
+use std::hint::black_box;
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn small<F: Two>(job: &Job<'_>) {
-    walk(&SmallRow::<F>(PhantomData), job);
+    walk(&SmallRow::<F> { tokens: tokens(job, 32), of: PhantomData }, job);
 }
 
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn large<F: Narrow>(job: &Job<'_>) {
-    walk(&LargeRow::<F>(PhantomData), job);
+    let tokens = tokens(job, F::SUB);
+    match job.weights.cols {
+        256 => walk(&LargeRows::<F, FOUR> { tokens, of: PhantomData }, job),
+        _ => walk(&LargeRows::<F, 1> { tokens, of: PhantomData }, job),
+    }
 }
 
 /// The sum of sixteen lanes, in the order of `Lanes::sum`.
@@ -29,7 +34,10 @@ unsafe fn sum_sixteen(x: [__m256; 2]) -> f32 {
 }
 
 /// Rows of blocks of 32. A row has sixteen lanes of a sum: four blocks', four each.
-struct SmallRow<F>(PhantomData<F>);
+struct SmallRow<F> {
+    tokens: [Token; INT_PANEL_TOKENS],
+    of: PhantomData<F>,
+}
 
 /// Sums of a row of blocks of 32.
 #[derive(Clone, Copy)]
@@ -51,7 +59,7 @@ impl<F: Two> Few for SmallRow<F> {
         r: usize,
     ) {
         let (p, n_blocks) = (job.weights.row_of(row, 32, F::BYTES), job.weights.cols / 32);
-        let x = each!([Token::new(job, t, 32); T], i => Token::new(job, t + i, 32));
+        let x = each!([self.tokens[0]; T], i => self.tokens[t + i]);
         let mut sums = [SmallSums { products: [_mm256_setzero_ps(); 2], offsets: _mm_setzero_ps() }; T];
         let whole = n_blocks / FOUR * FOUR;
         for b in (0..whole).step_by(FOUR) {
@@ -82,22 +90,19 @@ unsafe fn up_to_four(p: *const f32, n: usize) -> __m128 {
     _mm_loadu_ps(four.as_ptr())
 }
 
-/// The f16 at `p + at` of each of four blocks.
-#[inline(always)]
-unsafe fn f16_four(p: &[*const u8; FOUR], at: usize) -> __m128 {
-    let mut bits = 0;
-    for i in 0..FOUR {
-        bits |= i64::from(p[i].add(at).cast::<u16>().read_unaligned()) << (16 * i);
-    }
-    _mm_cvtph_ps(_mm_cvtsi64_si128(bits))
-}
-
 /// Numbers `2 h` and `2 h + 1` of four, each in all lanes of its half.
 #[inline(always)]
 unsafe fn spread(x: __m128, h: usize) -> __m256 {
     let both = _mm256_set_m128(x, x);
     let which = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
     _mm256_permutevar_ps(both, _mm256_add_epi32(which, _mm256_set1_epi32(2 * h as i32)))
+}
+
+/// Number `j` of four in all lanes.
+#[inline(always)]
+unsafe fn spread_one(x: __m128, j: usize) -> __m256 {
+    let both = _mm256_set_m128(x, x);
+    _mm256_permutevar_ps(both, _mm256_set1_epi32(j as i32))
 }
 
 /// Blocks `b..b + n`, the first of them at `p`.
@@ -151,20 +156,22 @@ unsafe fn small_blocks<F: Two, const T: usize>(
     }
 }
 
-/// Rows of blocks of 256.
-struct LargeRow<F>(PhantomData<F>);
-
-/// Sums of a row of blocks of 256.
-#[derive(Clone, Copy)]
-struct LargeSums {
-    /// Sixteen lanes: a lane is a dword of the 64 bytes that the codes are read in.
-    products: [__m256; 2],
-    /// Sixteen lanes of two sub-blocks each: those of two or four blocks in turn.
-    mins: [f32; LANES],
+/// Rows of blocks of 256, `R` at a time: one, or four rows of one block each.
+struct LargeRows<F, const R: usize> {
+    tokens: [Token; INT_PANEL_TOKENS],
+    of: PhantomData<F>,
 }
 
-impl<F: Narrow> Few for LargeRow<F> {
-    const ROWS: usize = 1;
+/// Sums of `R` rows of blocks of 256.
+struct LargeSums<const T: usize, const R: usize> {
+    /// Sixteen lanes: a lane is a dword of the 64 bytes that the codes are read in.
+    products: [[[__m256; 2]; R]; T],
+    /// A lane is two sub-blocks. Those of two blocks of eight, or of one of sixteen, are in one vector.
+    mins: [[__m256; FOUR]; T],
+}
+
+impl<F: Narrow, const R: usize> Few for LargeRows<F, R> {
+    const ROWS: usize = R;
 
     #[inline(always)]
     unsafe fn product<const T: usize>(
@@ -175,20 +182,124 @@ impl<F: Narrow> Few for LargeRow<F> {
         out: &mut [[f32; LANES]; TOKENS],
         r: usize,
     ) {
-        let p = job.weights.row_of(row, 256, F::BYTES);
-        let x = each!([Token::new(job, t, F::SUB); T], i => Token::new(job, t + i, F::SUB));
-        let mut sums = [LargeSums { products: [_mm256_setzero_ps(); 2], mins: [0.0; LANES] }; T];
-        for b in 0..job.weights.cols / 256 {
-            large_block::<F, T>(p.add(b * F::BYTES), &x, b, &mut sums);
+        let (p, n_blocks) = (job.weights.row_of(row, 256, F::BYTES), job.weights.cols / 256);
+        let x = each!([self.tokens[0]; T], i => self.tokens[t + i]);
+        let zero = _mm256_setzero_ps();
+        let mut sums = LargeSums { products: [[[zero; 2]; R]; T], mins: [[zero; FOUR]; T] };
+        let mut room = MaybeUninit::<Prepared<T>>::uninit();
+        let prepared = black_box(room.as_mut_ptr());
+        let n_blocks = if R == 1 { n_blocks } else { (job.rows.end - row).min(R) };
+        for b in (0..n_blocks).step_by(FOUR) {
+            let p = p.add(b * F::BYTES);
+            match n_blocks - b {
+                n if n < FOUR => large_blocks::<F, T, R>(p, &x, b, n, prepared, &mut sums),
+                _ => large_blocks::<F, T, R>(p, &x, b, FOUR, prepared, &mut sums),
+            }
         }
         for i in 0..T {
-            out[i][r] = sum_sixteen(sums[i].products);
-            if F::HAS_MINS {
-                let mins = sums[i].mins.as_ptr();
-                out[i][r] -= sum_sixteen([_mm256_loadu_ps(mins), _mm256_loadu_ps(mins.add(8))]);
+            for j in 0..R {
+                out[i][r + j] = sum_sixteen(sums.products[i][j]);
+                if F::HAS_MINS {
+                    out[i][r + j] -= mins_of::<F, R>(&sums.mins[i], j);
+                }
             }
         }
     }
+}
+
+/// The minimums of row `j` of `R`.
+#[inline(always)]
+unsafe fn mins_of<F: Narrow, const R: usize>(mins: &[__m256; FOUR], j: usize) -> f32 {
+    match (R, F::SUB) {
+        (1, _) => sum_sixteen([mins[0], mins[1]]),
+        (_, 32) if j.is_multiple_of(2) => sum_four(_mm256_castps256_ps128(mins[j / 2])),
+        (_, 32) => sum_four(_mm256_extractf128_ps::<1>(mins[j / 2])),
+        _ => sum_four(fold_eight(mins[j])),
+    }
+}
+
+/// What the products of four blocks need beside their codes. It is in memory, where loading spreads a part of it, which from a
+/// register takes an instruction.
+struct Prepared<const T: usize> {
+    /// Of the sub-blocks, twice in a dword: [two blocks][four sub-blocks][block][sub-block].
+    scales: [[[[i32; 4]; 2]; 4]; 2],
+    /// Scales of blocks and activations multiplied.
+    d: [[f32; FOUR]; T],
+}
+
+/// Adds the products of `n` blocks, the first of them at `p`: `b..b + n` of a row, or the first of as many rows.
+#[inline(always)]
+unsafe fn large_blocks<F: Narrow, const T: usize, const R: usize>(
+    p: *const u8,
+    x: &[Token; T],
+    b: usize,
+    n: usize,
+    prepared: *mut Prepared<T>,
+    sums: &mut LargeSums<T, R>,
+) {
+    let p = four_blocks(p, F::BYTES, n);
+    // Of a row the blocks have activations one after the other; of several rows they have the same.
+    let x_block = |j: usize| if R == 1 { b + j.min(n - 1) } else { 0 };
+    let x_scales = each!([_mm_setzero_ps(); T], i => match R {
+        1 => up_to_four(x[i].scales.add(b), n),
+        _ => _mm_set1_ps(*x[i].scales),
+    });
+    let Heads { d, dmin, scales, mins } = F::heads(&p);
+    for i in 0..T {
+        _mm_storeu_ps((&raw mut (*prepared).d[i]).cast(), _mm_mul_ps(d, x_scales[i]));
+    }
+    for h in 0..2 {
+        for eight in 0..8 / (F::SUB / 16) / 4 {
+            let wide = widened(scales[h], eight);
+            let to: *mut __m256i = (&raw mut (*prepared).scales[h][2 * eight]).cast();
+            _mm256_storeu_si256(to, _mm256_unpacklo_epi16(wide, wide));
+            _mm256_storeu_si256(to.add(1), _mm256_unpackhi_epi16(wide, wide));
+        }
+    }
+    if F::HAS_MINS {
+        for i in 0..T {
+            let factors = _mm_mul_ps(dmin, x_scales[i]);
+            for h in 0..2 {
+                if F::SUB == 32 {
+                    let at = |j| _mm256_loadu_si256(x[i].sums.add(8 * x_block(j)).cast());
+                    let dots = _mm256_madd_epi16(widened(mins[h], 0), packed(at(2 * h), at(2 * h + 1)));
+                    let sum = &mut sums.mins[i][h];
+                    *sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots), spread(factors, h), *sum);
+                } else {
+                    for j in 0..2 {
+                        let at = x[i].sums.add(16 * x_block(2 * h + j));
+                        let x_sums =
+                            packed(_mm256_loadu_si256(at.cast()), _mm256_loadu_si256(at.add(8).cast()));
+                        let mins = match j {
+                            0 => _mm256_castsi256_si128(mins[h]),
+                            _ => _mm256_extracti128_si256::<1>(mins[h]),
+                        };
+                        let dots = _mm256_madd_epi16(_mm256_cvtepi8_epi16(mins), x_sums);
+                        let factor = spread_one(factors, 2 * h + j);
+                        let sum = &mut sums.mins[i][if R == 1 { j } else { 2 * h + j }];
+                        *sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots), factor, *sum);
+                    }
+                }
+            }
+        }
+    }
+    large_block::<F, T, R, 0>(&p, x, x_block(0), n, prepared, sums);
+    large_block::<F, T, R, 1>(&p, x, x_block(1), n, prepared, sums);
+    large_block::<F, T, R, 2>(&p, x, x_block(2), n, prepared, sums);
+    large_block::<F, T, R, 3>(&p, x, x_block(3), n, prepared, sums);
+}
+
+/// Signed bytes `8 eight..` of each half as i16.
+#[inline(always)]
+unsafe fn widened(x: __m256i, eight: usize) -> __m256i {
+    let twice = if eight == 0 { _mm256_unpacklo_epi8(x, x) } else { _mm256_unpackhi_epi8(x, x) };
+    _mm256_srai_epi16::<8>(twice)
+}
+
+/// Sixteen i32 as i16.
+#[inline(always)]
+unsafe fn packed(low: __m256i, high: __m256i) -> __m256i {
+    _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(low, high))
 }
 
 /// Where the activations of a token are.
@@ -200,52 +311,44 @@ struct Token {
     scales: *const f32,
 }
 
-impl Token {
-    #[inline(always)]
-    fn new(job: &Job<'_>, t: usize, sub: usize) -> Self {
+/// The tokens of a job; of those that it has not, the first.
+fn tokens(job: &Job<'_>, sub: usize) -> [Token; INT_PANEL_TOKENS] {
+    debug_assert!(job.acts.n_tokens() <= INT_PANEL_TOKENS);
+    std::array::from_fn(|t| {
+        let t = if t < job.acts.n_tokens() { t } else { 0 };
         let sums = if sub == 32 { job.acts.sums32(t) } else { job.acts.sums16(t) };
-        Self { codes: job.acts.codes(t).as_ptr(), sums: sums.as_ptr(), scales: job.acts.scales(t).as_ptr() }
-    }
+        Token { codes: job.acts.codes(t).as_ptr(), sums: sums.as_ptr(), scales: job.acts.scales(t).as_ptr() }
+    })
 }
 
-/// Block `b` of a row, at `p`.
+/// Block `J` of four, if it is one of the `n` that exist, whose activations are the `b`-th.
 ///
 /// No lane of the integer sums overflows: it has 16 products of at most 63·127 times a scale of at most 128, or of
 /// 127·127 times one of at most 32.
 #[inline(always)]
-unsafe fn large_block<F: Narrow, const T: usize>(
-    p: *const u8,
+unsafe fn large_block<F: Narrow, const T: usize, const R: usize, const J: usize>(
+    p: &[*const u8; FOUR],
     x: &[Token; T],
     b: usize,
-    sums: &mut [LargeSums; T],
+    n: usize,
+    prepared: *const Prepared<T>,
+    sums: &mut LargeSums<T, R>,
 ) {
-    let scales = _mm256_cvtepi8_epi16(F::scales(p));
-    let scales = [_mm256_permute4x64_epi64::<0x44>(scales), _mm256_permute4x64_epi64::<0xee>(scales)];
+    if J >= n {
+        return;
+    }
+    let scales = (&raw const (*prepared).scales[J / 2][0][J % 2]).cast::<i32>();
     let mut dots = [[_mm256_setzero_si256(); 2]; T];
     // One after the other by hand: as a loop it would not be unrolled, and shift by variables.
-    codes64::<F, T, 0>(p, x, b, &scales, &mut dots);
-    codes64::<F, T, 1>(p, x, b, &scales, &mut dots);
-    codes64::<F, T, 2>(p, x, b, &scales, &mut dots);
-    codes64::<F, T, 3>(p, x, b, &scales, &mut dots);
-    let (d, dmin) = (f16(p.add(F::D)), f16(p.add(F::DMIN)));
+    codes64::<F, T, 0>(p[J], x, b, scales, &mut dots);
+    codes64::<F, T, 1>(p[J], x, b, scales, &mut dots);
+    codes64::<F, T, 2>(p[J], x, b, scales, &mut dots);
+    codes64::<F, T, 3>(p[J], x, b, scales, &mut dots);
     for i in 0..T {
-        let scale = *x[i].scales.add(b);
+        let d = _mm256_set1_ps((*prepared).d[i][J]);
         for half in 0..2 {
-            let sum = &mut sums[i].products[half];
-            *sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[i][half]), _mm256_set1_ps(d * scale), *sum);
-        }
-        if F::HAS_MINS {
-            let x_sums = x_sums::<F>(x[i].sums.add(b * 256 / F::SUB));
-            let dots = _mm256_madd_epi16(_mm256_cvtepi8_epi16(F::mins(p)), x_sums);
-            let (dots, factor) = (_mm256_cvtepi32_ps(dots), _mm256_set1_ps(dmin * scale));
-            let n_pairs = 128 / F::SUB;
-            let lanes = sums[i].mins.as_mut_ptr().add(b * n_pairs % LANES);
-            if F::SUB == 32 {
-                let (dots, factor) = (_mm256_castps256_ps128(dots), _mm256_castps256_ps128(factor));
-                _mm_storeu_ps(lanes, _mm_fmadd_ps(dots, factor, _mm_loadu_ps(lanes)));
-            } else {
-                _mm256_storeu_ps(lanes, _mm256_fmadd_ps(dots, factor, _mm256_loadu_ps(lanes)));
-            }
+            let sum = &mut sums.products[i][J * R / FOUR][half];
+            *sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[i][half]), d, *sum);
         }
     }
 }
@@ -256,7 +359,7 @@ unsafe fn codes64<F: Narrow, const T: usize, const V: usize>(
     p: *const u8,
     x: &[Token; T],
     b: usize,
-    scales: &[__m256i; 2],
+    scales: *const i32,
     dots: &mut [[__m256i; 2]; T],
 ) {
     fetch_ahead(p, F::BYTES, V, 4);
@@ -268,17 +371,5 @@ unsafe fn codes64<F: Narrow, const T: usize, const V: usize>(
                 _mm256_madd_epi16(F::pairs(codes, F::x32(x[i].codes.add(256 * b), V, half)), scale);
             dots[i][half] = _mm256_add_epi32(dots[i][half], products);
         }
-    }
-}
-
-/// Sums of the activations of each sub-block of a block as i16 (at most 32·127); zeros after the eight of 32.
-#[inline(always)]
-unsafe fn x_sums<F: Large>(sums: *const i32) -> __m256i {
-    if F::SUB == 32 {
-        let (low, high) = (_mm_loadu_si128(sums.cast()), _mm_loadu_si128(sums.add(4).cast()));
-        _mm256_zextsi128_si256(_mm_packs_epi32(low, high))
-    } else {
-        let (low, high) = (_mm256_loadu_si256(sums.cast()), _mm256_loadu_si256(sums.add(8).cast()));
-        _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(low, high))
     }
 }
