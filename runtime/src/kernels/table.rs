@@ -177,7 +177,7 @@ kernels!(
     Isa::Avx2,
     x86::avx2::Avx2,
     x86::avx2::int_matmul,
-    None,
+    Some(x86::avx2::beside_rows),
     #[target_feature(enable = "avx2,fma,f16c")]
 );
 #[cfg(target_arch = "x86_64")]

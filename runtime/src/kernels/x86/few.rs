@@ -61,6 +61,17 @@ pub(super) unsafe fn walk<F: Few>(few: &F, job: &Job<'_>) {
     }
 }
 
+/// Whether a matrix with scales beside its codes has rows of whole fours of blocks of 32, and scales that each serve 2^n
+/// weights, `least` of them or more, and begin with as many.
+pub(super) fn fit(job: &Job<'_>, least: usize) -> bool {
+    let (scales, first) = job.weights.beside(0);
+    let (blocksize, cols) = (scales.blocksize, job.weights.cols);
+    cols.is_multiple_of(128)
+        && first.is_multiple_of(least)
+        && blocksize >= least
+        && blocksize.is_power_of_two()
+}
+
 /// The four consecutive blocks at `p`, or as many as `n` times and the last of them again.
 #[inline(always)]
 pub(super) unsafe fn four_blocks(p: *const u8, block_bytes: usize, n: usize) -> [*const u8; FOUR] {

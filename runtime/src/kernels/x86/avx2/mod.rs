@@ -1,5 +1,6 @@
 //! AVX2, FMA and F16C.
 
+mod beside;
 mod lanes;
 mod narrow;
 mod panel;
@@ -7,9 +8,10 @@ mod rows;
 
 pub(crate) use lanes::Avx2;
 
+use super::few;
 use super::unpack::{self, by_type};
 use crate::kernels::matmul::{INT_PANEL_TOKENS, Job, Scratch};
-use kestrel_formats::GgmlType;
+use kestrel_formats::{GgmlType, WeightType};
 
 /// Weights times int8 activations.
 ///
@@ -27,4 +29,26 @@ pub(crate) unsafe fn int_matmul(job: &Job<'_>, scratch: &mut Scratch) {
             by_type!(job.weights.ggml(), panel_small, panel_large, (job, scratch));
         }
     }
+}
+
+/// A matrix with scales beside its codes times the int8 activations of few tokens; false if it has another shape than
+/// this can take.
+///
+/// # Safety
+/// That of [`crate::kernels::matmul::Matmul`].
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(crate) unsafe fn beside_rows(job: &Job<'_>, scratch: &mut Scratch) -> bool {
+    if !few::fit(job, beside::PAIR) {
+        return false;
+    }
+    // SAFETY: the caller's.
+    unsafe {
+        match job.weights.dtype {
+            WeightType::Nf4 => beside::beside::<unpack::Nf4>(job, scratch),
+            WeightType::Fp4 => beside::beside::<unpack::Fp4>(job, scratch),
+            WeightType::Int8 => beside::beside::<unpack::Int8>(job, scratch),
+            WeightType::Ggml(ty) => unreachable!("{ty} has its scales in its blocks"),
+        }
+    }
+    true
 }

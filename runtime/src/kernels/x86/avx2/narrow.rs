@@ -50,14 +50,14 @@ pub(super) unsafe fn f16_four(p: &[*const u8; FOUR], at: usize) -> __m128 {
 
 /// 16 bytes of each of two rows.
 #[inline(always)]
-unsafe fn gather16(p: &[*const u8; 2], at: usize) -> __m256i {
+pub(super) unsafe fn gather16(p: &[*const u8; 2], at: usize) -> __m256i {
     let (a, b) = (_mm_loadu_si128(p[0].add(at).cast()), _mm_loadu_si128(p[1].add(at).cast()));
     _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(a), b)
 }
 
 /// The low and the high nibbles.
 #[inline(always)]
-unsafe fn nibbles(x: __m256i) -> [__m256i; 2] {
+pub(super) unsafe fn nibbles(x: __m256i) -> [__m256i; 2] {
     let mask = _mm256_set1_epi8(15);
     [_mm256_and_si256(x, mask), _mm256_and_si256(_mm256_srli_epi16::<4>(x), mask)]
 }

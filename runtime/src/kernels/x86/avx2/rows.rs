@@ -29,7 +29,7 @@ pub(super) unsafe fn large<F: Narrow>(job: &Job<'_>) {
 
 /// The sum of sixteen lanes, in the order of `Lanes::sum`.
 #[inline(always)]
-unsafe fn sum_sixteen(x: [__m256; 2]) -> f32 {
+pub(super) unsafe fn sum_sixteen(x: [__m256; 2]) -> f32 {
     sum_four(fold_eight(_mm256_add_ps(x[0], x[1])))
 }
 

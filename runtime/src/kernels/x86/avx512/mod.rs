@@ -11,6 +11,7 @@ pub(super) use as_int8::AsInt8;
 pub(crate) use lanes::Avx512;
 pub(super) use panel::{close, ends_block, scale};
 
+use super::few;
 use super::unpack::{self, by_type};
 use crate::kernels;
 use crate::kernels::matmul::{INT_PANEL_TOKENS, Job, Scratch};
@@ -53,7 +54,7 @@ unsafe fn int_rows(job: &Job<'_>, scratch: &mut Scratch) {
 /// That of [`crate::kernels::matmul::Matmul`].
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
 pub(crate) unsafe fn beside_rows(job: &Job<'_>, scratch: &mut Scratch) -> bool {
-    if !scales::fit(job) {
+    if !few::fit(job, 32) {
         return false;
     }
     // SAFETY: the caller's.

@@ -2,20 +2,13 @@
 
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for the instruction set alone
 
-use crate::kernels::matmul::{Job, MatrixRef};
+use crate::kernels::matmul::MatrixRef;
 use crate::kernels::memory::LANES;
 use crate::kernels::x86::few::fetch_line;
 use kestrel_quant::codec::bnb8;
 use kestrel_quant::codec::scales::{Absmax, Scales};
 use std::arch::x86_64::*;
 use std::ops::Range;
-
-/// Whether [`RowScales`] takes the matrix, and its rows are whole fours of blocks of 32.
-pub(super) fn fit(job: &Job<'_>) -> bool {
-    let (scales, first) = job.weights.beside(0);
-    let (blocksize, cols) = (scales.blocksize, job.weights.cols);
-    cols.is_multiple_of(128) && first.is_multiple_of(32) && blocksize >= 32 && blocksize.is_power_of_two()
-}
 
 /// The scales of the blocks of 32 of consecutive rows.
 pub(super) struct RowScales<'a> {
@@ -48,7 +41,7 @@ impl<'a> RowScales<'a> {
     /// The scales of blocks `b..b + n` of 32, at most 16 and `b` a multiple of 16, over 127 and rounded to f16; anything
     /// after them.
     ///
-    /// The blocks that [`fit`] lets through share 2^n of the scales, so consecutive ones need consecutive scales, at most
+    /// The blocks that `few::fit` lets through share 2^n of the scales, so consecutive ones need consecutive scales, at most
     /// sixteen, which are loaded together and handed out.
     #[inline(always)]
     pub unsafe fn sixteen(&self, b: usize, n: usize) -> __m512 {
