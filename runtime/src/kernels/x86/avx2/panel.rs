@@ -79,6 +79,37 @@ const fn exact_steps(max_code: usize, sub: usize) -> usize {
     steps
 }
 
+/// What a tile reads, from its first row and column on.
+struct Tile {
+    /// [row][[`STRIDE`]]
+    codes: *const u8,
+    /// [row][[`SUBS`]]
+    scales: *const f32,
+    offsets: *const f32,
+    /// [column / 4][16][4]
+    x: *const i8,
+    /// [sub-block][16]
+    x_sums: *const i32,
+    /// [block][16]
+    x_scales: *const f32,
+}
+
+impl Tile {
+    /// Rows `r..` of the panel and `n` columns, `k0..` of the activations. That they have these is checked here, once.
+    #[inline(always)]
+    unsafe fn new<F: Format>(panel: &Panel, acts: &Group<'_>, r: usize, k0: usize, n: usize) -> Self {
+        let sums = sums_of::<F>(acts, (k0 + n) / F::SUB - 1); // the last
+        Self {
+            codes: panel.codes.add(r * STRIDE),
+            scales: panel.scales.add(r * SUBS),
+            offsets: panel.offsets.add(r * SUBS),
+            x: acts.codes[k0 * LANES..][..n * LANES].as_ptr(),
+            x_sums: sums.sub((n / F::SUB - 1) * LANES),
+            x_scales: acts.scales[k0 / F::BLOCK * LANES..][..n / F::BLOCK * LANES].as_ptr(),
+        }
+    }
+}
+
 /// `R` rows by `H` times eight tokens.
 #[inline(always)]
 unsafe fn tile<F: Format, const R: usize, const H: usize>(
@@ -89,15 +120,15 @@ unsafe fn tile<F: Format, const R: usize, const H: usize>(
     k0: usize,
     n: usize,
 ) {
+    let tile = Tile::new::<F>(panel, acts, r, k0, n);
     let mut floats = [[_mm256_setzero_ps(); H]; R];
     for sub in 0..n / F::SUB {
-        let at = k0 + sub * F::SUB;
-        let sums = sums_of::<F>(acts, at / F::SUB);
+        let sums = tile.x_sums.add(sub * LANES);
         let sums = each!([_mm256_setzero_si256(); H], h => _mm256_loadu_si256(sums.add(8 * h).cast()));
-        let dots = dots::<F, R, H>(panel, acts, r, sub, at, &sums);
-        scale::<F, R, H>(panel, acts, r, at, sub, &dots, &sums, &mut floats);
+        let dots = dots::<F, R, H>(&tile, sub, &sums);
+        scale::<F, R, H>(&tile, sub, &dots, &sums, &mut floats);
         if F::BLOCK == 256 && (sub + 1).is_multiple_of(256 / F::SUB) {
-            let scales = acts.scales[at / 256 * LANES..][..LANES].as_ptr();
+            let scales = tile.x_scales.add(sub * F::SUB / 256 * LANES);
             for i in 0..R {
                 for h in 0..H {
                     let to = panel.sums(g, r + i).add(8 * h);
@@ -118,14 +149,11 @@ unsafe fn tile<F: Format, const R: usize, const H: usize>(
     }
 }
 
-/// Integer products of sub-block `sub` of the panel, which begins at column `at`.
+/// Integer products of a sub-block; `sums` are those of the activations' codes.
 #[inline(always)]
 unsafe fn dots<F: Format, const R: usize, const H: usize>(
-    panel: &Panel,
-    acts: &Group<'_>,
-    r: usize,
+    tile: &Tile,
     sub: usize,
-    at: usize,
     sums: &[__m256i; H],
 ) -> [[__m256i; H]; R] {
     let left = F::BIAS - taken_off(F::BIAS);
@@ -135,8 +163,7 @@ unsafe fn dots<F: Format, const R: usize, const H: usize>(
         dots = [each!([start; H], h => _mm256_mullo_epi32(sums[h], start)); R];
     }
     let ones = _mm256_set1_epi16(1);
-    let codes = panel.codes.add(r * STRIDE + sub * F::SUB);
-    let x = acts.codes[at * LANES..][..F::SUB * LANES].as_ptr();
+    let (codes, x) = (tile.codes.add(sub * F::SUB), tile.x.add(sub * F::SUB * LANES));
     let steps = if F::BITS == 8 { 1 } else { exact_steps((1 << F::BITS) - 1, F::SUB) };
     for k0 in (0..F::SUB / 4).step_by(steps) {
         let mut pairs = [[_mm256_setzero_si256(); H]; R];
@@ -162,12 +189,12 @@ unsafe fn dots<F: Format, const R: usize, const H: usize>(
     dots
 }
 
-/// Integers of the sub-block at column `at`, times the scale of its activations where those are in blocks of 32.
+/// Integers of a sub-block, times the scale of its activations where those are in blocks of 32.
 #[inline(always)]
-unsafe fn scaled<F: Format>(acts: &Group<'_>, at: usize, h: usize, x: __m256i) -> __m256 {
+unsafe fn scaled<F: Format>(tile: &Tile, sub: usize, h: usize, x: __m256i) -> __m256 {
     match F::BLOCK {
         32 => {
-            let scales = _mm256_loadu_ps(acts.scales[at / 32 * LANES + 8 * h..][..8].as_ptr());
+            let scales = _mm256_loadu_ps(tile.x_scales.add(sub * LANES + 8 * h));
             _mm256_mul_ps(_mm256_cvtepi32_ps(x), scales)
         }
         _ => _mm256_cvtepi32_ps(x),
@@ -176,24 +203,20 @@ unsafe fn scaled<F: Format>(acts: &Group<'_>, at: usize, h: usize, x: __m256i) -
 
 /// Scales integer products and adds them; `sums` are those of the activations' codes.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)] // where, what, and the sums
 unsafe fn scale<F: Format, const R: usize, const H: usize>(
-    panel: &Panel,
-    acts: &Group<'_>,
-    r: usize,
-    at: usize,
+    tile: &Tile,
     sub: usize,
     dots: &[[__m256i; H]; R],
     sums: &[__m256i; H],
     floats: &mut [[__m256; H]; R],
 ) {
     for i in 0..R {
-        let scale = _mm256_set1_ps(*panel.scales.add((r + i) * SUBS + sub));
+        let scale = _mm256_set1_ps(*tile.scales.add(i * SUBS + sub));
         for h in 0..H {
-            floats[i][h] = _mm256_fmadd_ps(scaled::<F>(acts, at, h, dots[i][h]), scale, floats[i][h]);
+            floats[i][h] = _mm256_fmadd_ps(scaled::<F>(tile, sub, h, dots[i][h]), scale, floats[i][h]);
             if F::HAS_OFFSETS {
-                let offset = _mm256_set1_ps(*panel.offsets.add((r + i) * SUBS + sub));
-                floats[i][h] = _mm256_fmadd_ps(offset, scaled::<F>(acts, at, h, sums[h]), floats[i][h]);
+                let offset = _mm256_set1_ps(*tile.offsets.add(i * SUBS + sub));
+                floats[i][h] = _mm256_fmadd_ps(offset, scaled::<F>(tile, sub, h, sums[h]), floats[i][h]);
             }
         }
     }
