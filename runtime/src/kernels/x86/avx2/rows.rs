@@ -1,5 +1,6 @@
 //! Few tokens: rows are read once, straight from their blocks, front to back. The order of the sums is that of
-//! `avx512::rows`, with the halves of its vectors one after the other.
+//! `avx512::rows`, with the halves of its vectors one after the other. Four blocks are prepared together, as there; the
+//! activations stay in row order, which 32 codes at a time need no other.
 
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for the instruction set and for `Matmul`'s contract alone
 
