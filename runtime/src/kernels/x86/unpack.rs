@@ -421,3 +421,16 @@ macro_rules! by_type {
     };
 }
 pub(super) use by_type;
+
+/// Calls `$f::<T>($args)` for the type `$dtype` that has its scales beside its codes.
+macro_rules! by_type_beside {
+    ($dtype:expr, $f:ident, ($($arg:expr),*)) => {
+        match $dtype {
+            WeightType::Nf4 => $f::<unpack::Nf4>($($arg),*),
+            WeightType::Fp4 => $f::<unpack::Fp4>($($arg),*),
+            WeightType::Int8 => $f::<unpack::Int8>($($arg),*),
+            WeightType::Ggml(ty) => unreachable!("{ty} has its scales in its blocks"),
+        }
+    };
+}
+pub(super) use by_type_beside;

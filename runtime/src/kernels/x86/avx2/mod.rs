@@ -9,7 +9,7 @@ mod rows;
 pub(crate) use lanes::Avx2;
 
 use super::few;
-use super::unpack::{self, by_type};
+use super::unpack::{self, by_type, by_type_beside};
 use crate::kernels::matmul::{INT_PANEL_TOKENS, Job, Scratch};
 use kestrel_formats::{GgmlType, WeightType};
 
@@ -41,14 +41,8 @@ pub(crate) unsafe fn beside_rows(job: &Job<'_>, scratch: &mut Scratch) -> bool {
     if !few::fit(job, beside::PAIR) {
         return false;
     }
+    use beside::beside;
     // SAFETY: the caller's.
-    unsafe {
-        match job.weights.dtype {
-            WeightType::Nf4 => beside::beside::<unpack::Nf4>(job, scratch),
-            WeightType::Fp4 => beside::beside::<unpack::Fp4>(job, scratch),
-            WeightType::Int8 => beside::beside::<unpack::Int8>(job, scratch),
-            WeightType::Ggml(ty) => unreachable!("{ty} has its scales in its blocks"),
-        }
-    }
+    unsafe { by_type_beside!(job.weights.dtype, beside, (job, scratch)) };
     true
 }

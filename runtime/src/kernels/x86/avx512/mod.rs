@@ -12,7 +12,7 @@ pub(crate) use lanes::Avx512;
 pub(super) use panel::{close, ends_block, scale};
 
 use super::few;
-use super::unpack::{self, by_type};
+use super::unpack::{self, by_type, by_type_beside};
 use crate::kernels;
 use crate::kernels::matmul::{INT_PANEL_TOKENS, Job, Scratch};
 use kestrel_formats::{GgmlType, WeightType};
@@ -57,14 +57,8 @@ pub(crate) unsafe fn beside_rows(job: &Job<'_>, scratch: &mut Scratch) -> bool {
     if !few::fit(job, 32) {
         return false;
     }
+    use rows::small;
     // SAFETY: the caller's.
-    unsafe {
-        match job.weights.dtype {
-            WeightType::Nf4 => rows::small::<unpack::Nf4>(job, scratch),
-            WeightType::Fp4 => rows::small::<unpack::Fp4>(job, scratch),
-            WeightType::Int8 => rows::small::<unpack::Int8>(job, scratch),
-            WeightType::Ggml(ty) => unreachable!("{ty} has its scales in its blocks"),
-        }
-    }
+    unsafe { by_type_beside!(job.weights.dtype, small, (job, scratch)) };
     true
 }
