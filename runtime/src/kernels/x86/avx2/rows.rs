@@ -4,7 +4,7 @@
 
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for the instruction set and for `Matmul`'s contract alone
 
-use super::narrow::{Heads, Narrow, Two, f16_four, pairs};
+use super::narrow::{Narrow, Two, f16_four, pairs};
 use crate::kernels::matmul::{INT_PANEL_TOKENS, Job};
 use crate::kernels::memory::LANES;
 use crate::kernels::x86::few::{FOUR, Few, TOKENS, fetch_ahead, four_blocks, walk};
@@ -240,54 +240,61 @@ unsafe fn large_blocks<F: Narrow, const T: usize, const R: usize>(
 ) {
     let p = four_blocks(p, F::BYTES, n);
     // Of a row the blocks have activations one after the other; of several rows they have the same.
-    let x_block = |j: usize| if R == 1 { b + j.min(n - 1) } else { 0 };
-    let x_scales = each!([_mm_setzero_ps(); T], i => match R {
-        1 => up_to_four(x[i].scales.add(b), n),
-        _ => _mm_set1_ps(*x[i].scales),
-    });
-    let Heads { d, dmin, scales, mins } = F::heads(&p);
+    let x_blocks = [0, 1, 2, 3].map(|j: usize| if R == 1 { b + j.min(n - 1) } else { 0 });
+    let heads = F::heads(&p);
     for i in 0..T {
-        _mm_storeu_ps((&raw mut (*prepared).d[i]).cast(), _mm_mul_ps(d, x_scales[i]));
+        let x_scales = match R {
+            1 => up_to_four(x[i].scales.add(b), n),
+            _ => _mm_set1_ps(*x[i].scales),
+        };
+        _mm_storeu_ps((&raw mut (*prepared).d[i]).cast(), _mm_mul_ps(heads.d, x_scales));
+        if F::HAS_MINS {
+            let factors = _mm_mul_ps(heads.dmin, x_scales);
+            add_mins::<F, R>(&heads.mins, factors, x[i].sums, &x_blocks, &mut sums.mins[i]);
+        }
     }
     for h in 0..2 {
-        for eight in 0..8 / (F::SUB / 16) / 4 {
-            let wide = widened(scales[h], eight);
+        for eight in 0..256 / F::SUB / 8 {
+            let wide = widened(heads.scales[h], eight);
             let to: *mut __m256i = (&raw mut (*prepared).scales[h][2 * eight]).cast();
             _mm256_storeu_si256(to, _mm256_unpacklo_epi16(wide, wide));
             _mm256_storeu_si256(to.add(1), _mm256_unpackhi_epi16(wide, wide));
         }
     }
-    if F::HAS_MINS {
-        for i in 0..T {
-            let factors = _mm_mul_ps(dmin, x_scales[i]);
-            for h in 0..2 {
-                if F::SUB == 32 {
-                    let at = |j| _mm256_loadu_si256(x[i].sums.add(8 * x_block(j)).cast());
-                    let dots = _mm256_madd_epi16(widened(mins[h], 0), packed(at(2 * h), at(2 * h + 1)));
-                    let sum = &mut sums.mins[i][h];
-                    *sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots), spread(factors, h), *sum);
-                } else {
-                    for j in 0..2 {
-                        let at = x[i].sums.add(16 * x_block(2 * h + j));
-                        let x_sums =
-                            packed(_mm256_loadu_si256(at.cast()), _mm256_loadu_si256(at.add(8).cast()));
-                        let mins = match j {
-                            0 => _mm256_castsi256_si128(mins[h]),
-                            _ => _mm256_extracti128_si256::<1>(mins[h]),
-                        };
-                        let dots = _mm256_madd_epi16(_mm256_cvtepi8_epi16(mins), x_sums);
-                        let factor = spread_one(factors, 2 * h + j);
-                        let sum = &mut sums.mins[i][if R == 1 { j } else { 2 * h + j }];
-                        *sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots), factor, *sum);
-                    }
-                }
-            }
+    large_block::<F, T, R, 0>(&p, x, x_blocks[0], n, prepared, sums);
+    large_block::<F, T, R, 1>(&p, x, x_blocks[1], n, prepared, sums);
+    large_block::<F, T, R, 2>(&p, x, x_blocks[2], n, prepared, sums);
+    large_block::<F, T, R, 3>(&p, x, x_blocks[3], n, prepared, sums);
+}
+
+/// Adds the minimums of four blocks, times the sums of the activations that each meets and its factor.
+#[inline(always)]
+unsafe fn add_mins<F: Narrow, const R: usize>(
+    mins: &[__m256i; 2],
+    factors: __m128,
+    x_sums: *const i32,
+    x_blocks: &[usize; FOUR],
+    to: &mut [__m256; FOUR],
+) {
+    let eight = |i: usize| _mm256_loadu_si256(x_sums.add(8 * i).cast());
+    if F::SUB == 32 {
+        for h in 0..2 {
+            let x_sums = packed(eight(x_blocks[2 * h]), eight(x_blocks[2 * h + 1]));
+            let dots = _mm256_cvtepi32_ps(_mm256_madd_epi16(widened(mins[h], 0), x_sums));
+            to[h] = _mm256_fmadd_ps(dots, spread(factors, h), to[h]);
         }
+        return;
     }
-    large_block::<F, T, R, 0>(&p, x, x_block(0), n, prepared, sums);
-    large_block::<F, T, R, 1>(&p, x, x_block(1), n, prepared, sums);
-    large_block::<F, T, R, 2>(&p, x, x_block(2), n, prepared, sums);
-    large_block::<F, T, R, 3>(&p, x, x_block(3), n, prepared, sums);
+    for j in 0..FOUR {
+        let mins = match j % 2 {
+            0 => _mm256_castsi256_si128(mins[j / 2]),
+            _ => _mm256_extracti128_si256::<1>(mins[j / 2]),
+        };
+        let x_sums = packed(eight(2 * x_blocks[j]), eight(2 * x_blocks[j] + 1));
+        let dots = _mm256_cvtepi32_ps(_mm256_madd_epi16(_mm256_cvtepi8_epi16(mins), x_sums));
+        let to = &mut to[if R == 1 { j % 2 } else { j }];
+        *to = _mm256_fmadd_ps(dots, spread_one(factors, j), *to);
+    }
 }
 
 /// Signed bytes `8 eight..` of each half as i16.
