@@ -54,6 +54,16 @@ pub(super) unsafe fn f16(p: *const u8) -> f32 {
     _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits))))
 }
 
+/// The f16 at `p + at` of each of four blocks.
+#[inline(always)]
+pub(super) unsafe fn f16_four(p: &[*const u8; 4], at: usize) -> __m128 {
+    let bits = |i: usize| i32::from(p[i].add(at).cast::<i16>().read_unaligned());
+    let x = _mm_insert_epi16::<0>(_mm_setzero_si128(), bits(0));
+    let x = _mm_insert_epi16::<1>(x, bits(1));
+    let x = _mm_insert_epi16::<2>(x, bits(2));
+    _mm_cvtph_ps(_mm_insert_epi16::<3>(x, bits(3)))
+}
+
 #[inline(always)]
 unsafe fn load16(p: *const u8) -> __m128i {
     _mm_loadu_si128(p.cast())

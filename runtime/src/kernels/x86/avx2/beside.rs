@@ -89,11 +89,7 @@ unsafe fn tokens(job: &Job<'_>, scratch: &mut Scratch) -> [Token; INT_PANEL_TOKE
     for t in 0..n_tokens {
         let (to, from, scales) = (place(t), job.acts.codes(t).as_ptr(), job.acts.scales(t).as_ptr());
         for k in (0..cols).step_by(PAIR) {
-            let from = from.add(k).cast();
-            for (half, x) in [gather16(&[from, from.add(32)], 0), gather16(&[from, from.add(32)], 16)]
-                .into_iter()
-                .enumerate()
-            {
+            for (half, x) in Int8::two(from.add(k).cast()).into_iter().enumerate() {
                 let at = k + 32 * half;
                 _mm256_storeu_si256(to.codes.cast_mut().add(at).cast(), x);
                 _mm256_storeu_si256(to.magnitudes.cast_mut().add(at).cast(), _mm256_abs_epi8(x));

@@ -6,7 +6,7 @@
 use crate::kernels::blocks::{Order, order};
 use crate::kernels::x86::few::FOUR;
 use crate::kernels::x86::unpack::{
-    Iq4Nl, Iq4Xs, Large, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0, Small, iq4_values,
+    Iq4Nl, Iq4Xs, Large, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0, Small, f16_four, iq4_values,
 };
 use kestrel_formats::GgmlType;
 use kestrel_quant::codec::{iq4, q4, q4_k, q5, q5_k, q8_0};
@@ -36,16 +36,6 @@ unsafe fn unbiased(bias: u8, codes: __m256i, x: __m256i) -> __m256i {
         0 => products,
         _ => _mm256_sub_epi16(products, _mm256_maddubs_epi16(_mm256_set1_epi8(bias as i8), x)),
     }
-}
-
-/// The f16 at `p + at` of each of four blocks.
-#[inline(always)]
-pub(super) unsafe fn f16_four(p: &[*const u8; FOUR], at: usize) -> __m128 {
-    let mut bits = 0;
-    for i in 0..FOUR {
-        bits |= i64::from(p[i].add(at).cast::<u16>().read_unaligned()) << (16 * i);
-    }
-    _mm_cvtph_ps(_mm_cvtsi64_si128(bits))
 }
 
 /// 16 bytes of each of two rows.

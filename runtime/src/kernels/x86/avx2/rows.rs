@@ -4,11 +4,12 @@
 
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for the instruction set and for `Matmul`'s contract alone
 
-use super::narrow::{Narrow, Two, f16_four, pairs};
+use super::narrow::{Narrow, Two, pairs};
 use crate::kernels::matmul::{INT_PANEL_TOKENS, Job};
 use crate::kernels::memory::LANES;
 use crate::kernels::x86::few::{FOUR, Few, TOKENS, fetch_ahead, four_blocks, walk};
 use crate::kernels::x86::sums::{fold_eight, sum_four};
+use crate::kernels::x86::unpack::f16_four;
 use std::arch::x86_64::*;
 use std::hint::black_box;
 use std::marker::PhantomData;

@@ -17,6 +17,7 @@ use crate::kernels::matmul::{INT_PANEL_TOKENS, Job, Scratch};
 use crate::kernels::memory::LANES;
 use crate::kernels::x86::few::{FOUR, Few, TOKENS, fetch_ahead, four_blocks, walk};
 use crate::kernels::x86::sums::{fold_eight, sum_four};
+use crate::kernels::x86::unpack;
 use std::arch::asm;
 use std::arch::x86_64::*;
 use std::hint::black_box;
@@ -216,7 +217,7 @@ unsafe fn f16_four<F: Four>(p: &[*const u8; FOUR], at: usize, n: usize) -> __m12
         let all = _mm512_permutexvar_epi16(words, _mm512_loadu_si512(p[0].cast()));
         return _mm_cvtph_ps(_mm512_castsi512_si128(all));
     }
-    super::wide::f16_four(p, at)
+    unpack::f16_four(p, at)
 }
 
 /// Numbers `j..j + 4`, each in four lanes.

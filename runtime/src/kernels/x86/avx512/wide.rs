@@ -6,6 +6,7 @@
 use crate::kernels::blocks::{Order, order};
 use crate::kernels::x86::unpack::{
     self, FourBit, Int8, Iq4Nl, Iq4Xs, Large, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0, Small,
+    f16_four,
 };
 use kestrel_formats::GgmlType;
 use kestrel_quant::codec::{iq4, q2_k, q3_k, q4, q4_k, q5, q5_k, q6_k, q8_0};
@@ -237,16 +238,6 @@ unsafe fn f16_of_heads(heads: __m512i, first: i16, second: i16) -> (__m128, __m1
     let words = _mm512_permutexvar_epi16(_mm512_castsi256_si512(which), heads);
     let both = _mm256_cvtph_ps(_mm512_castsi512_si128(words));
     (_mm256_castps256_ps128(both), _mm256_extractf128_ps::<1>(both))
-}
-
-/// The f16 at `p + at` of each of four blocks.
-#[inline(always)]
-pub(super) unsafe fn f16_four(p: &[*const u8; 4], at: usize) -> __m128 {
-    let bits = |i: usize| i32::from(p[i].add(at).cast::<i16>().read_unaligned());
-    let x = _mm_insert_epi16::<0>(_mm_setzero_si128(), bits(0));
-    let x = _mm_insert_epi16::<1>(x, bits(1));
-    let x = _mm_insert_epi16::<2>(x, bits(2));
-    _mm_cvtph_ps(_mm_insert_epi16::<3>(x, bits(3)))
 }
 
 /// Four rows of Q4_K or Q5_K, from the first 16 bytes of their blocks.
