@@ -153,7 +153,7 @@ pub(crate) struct Scratch {
     pub scales: Aligned<f32>,
     /// Sums over the panels so far, [token][row] here.
     pub sums: Aligned<f32>,
-    /// Integer products of tiles of 16 rows by 16 tokens.
+    /// Integer products of tiles of 16 rows by 16 tokens, or columns of a panel of as many tokens as i16.
     pub tiles: Aligned<i32>,
     /// Activations of few tokens in the order of a type's codes; see [`Self::acts`]. Whoever needs them there puts them
     /// there at the beginning of a job.

@@ -21,6 +21,8 @@ use std::ops::Range;
 
 /// Bytes from a row of codes to the next: rows of 256 alone would share their cache sets.
 pub(super) const STRIDE: usize = PANEL_COLS + 64;
+/// Bytes from a row of codes in words to the next.
+pub(super) const WORD_STRIDE: usize = 2 * PANEL_COLS + 64;
 /// Half a group of tokens: with no more, an instruction set may do half the work.
 pub(super) const HALF: usize = LANES / 2;
 /// Sub-blocks of a row of a panel at most.
@@ -30,6 +32,8 @@ pub(super) const SUBS: usize = PANEL_COLS / 16;
 pub(super) struct Panel {
     /// [row][[`STRIDE`]]
     pub codes: *mut u8,
+    /// Room for the codes as words of i16: [row][[`WORD_STRIDE`]]
+    pub words: *mut u8,
     /// [row][[`SUBS`]]
     pub scales: *mut f32,
     /// Added to a weight, -dmin·min or m: [row][[`SUBS`]]
@@ -38,7 +42,7 @@ pub(super) struct Panel {
     sums: *mut f32,
     /// Rows that a panel of this job has at most.
     max_rows: usize,
-    /// Tiles of integer products on their way from AMX to f32.
+    /// Tiles of integer products on their way from AMX to f32; with AVX2, a group's activations as words.
     pub tiles: *mut i32,
     /// What it is expanded from,
     this: Source,
@@ -48,12 +52,15 @@ pub(super) struct Panel {
 
 impl Panel {
     fn new(scratch: &mut Scratch, max_rows: usize, this: Source, next: Option<Source>) -> Self {
+        assert!(scratch.panel.len() * 4 >= PANEL_ROWS * (STRIDE + WORD_STRIDE));
         assert!(
-            scratch.panel.len() * 4 >= PANEL_ROWS * STRIDE && scratch.scales.len() >= 2 * PANEL_ROWS * SUBS
+            scratch.scales.len() >= 2 * PANEL_ROWS * SUBS && scratch.tiles.len() >= PANEL_COLS * LANES / 2
         );
         let (scales, offsets) = scratch.scales.split_at_mut(SUBS * PANEL_ROWS);
+        let codes: *mut u8 = scratch.panel.as_mut_ptr().cast();
         Self {
-            codes: scratch.panel.as_mut_ptr().cast(),
+            codes,
+            words: codes.wrapping_add(PANEL_ROWS * STRIDE),
             scales: scales.as_mut_ptr(),
             offsets: offsets.as_mut_ptr(),
             sums: scratch.sums.as_mut_ptr(),
