@@ -1,31 +1,24 @@
-//! Blocks unpacked 32 codes at a time, for [`super::rows`]: two rows of blocks of 32, or the 32-byte pieces of a block
-//! of 256, whose codes keep the order of their bytes.
+//! Blocks unpacked 32 codes at a time: halves of two blocks of 32, for [`super::pairs`], or the 32-byte pieces of a block of
+//! 256, whose codes keep the order of their bytes, for [`super::rows`].
 
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for pointers to whole blocks and for the instruction set
 
 use crate::kernels::blocks::{Order, order};
 use crate::kernels::x86::few::FOUR;
 use crate::kernels::x86::unpack::{
-    Iq4Nl, Iq4Xs, Large, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0, Small, f16_four, iq4_values,
+    FourBit, Int8, Iq4Nl, Iq4Xs, Large, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0, Small,
+    f16_four, iq4_values,
 };
 use kestrel_formats::GgmlType;
 use kestrel_quant::codec::{iq4, q4, q4_k, q5, q5_k, q8_0};
 use std::arch::x86_64::*;
 
-/// A type with blocks of 32, two rows at a time.
+/// A type with blocks of 32, two at a time.
 pub(super) trait Two: Small {
+    /// Whether signed codes go down to -128, of which there is no magnitude in i8.
+    const HAS_MIN: bool = false;
     /// The lower and the upper 16 codes of two blocks, each block in its half; signed where the bias is 128.
     unsafe fn two(p: &[*const u8; 2]) -> [__m256i; 2];
-}
-
-/// Products of 32 codes with 32 activations, summed in pairs to i16. None overflows: codes of at most 5 bits are
-/// multiplied as they are (2·31·127), others by magnitude (2·128·127 = 32512).
-#[inline(always)]
-pub(super) unsafe fn pairs<F: Small>(codes: __m256i, x: __m256i) -> __m256i {
-    if F::BIAS == 128 {
-        return _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(x, codes));
-    }
-    unbiased(F::BIAS, codes, x)
 }
 
 /// Pairs of (code - bias) · x.
@@ -53,6 +46,7 @@ pub(super) unsafe fn nibbles(x: __m256i) -> [__m256i; 2] {
 }
 
 impl Two for Q8_0 {
+    const HAS_MIN: bool = true;
     #[inline(always)]
     unsafe fn two(p: &[*const u8; 2]) -> [__m256i; 2] {
         [gather16(p, q8_0::QS), gather16(p, q8_0::QS + 16)]
@@ -114,6 +108,26 @@ impl Two for Iq4Nl {
     unsafe fn two(p: &[*const u8; 2]) -> [__m256i; 2] {
         let [low, high] = nibbles(gather16(p, iq4::NL_QS));
         [iq4(low), iq4(high)]
+    }
+}
+
+impl<F: FourBit> Two for F {
+    /// Of two blocks that lie one after the other, as all do.
+    #[inline(always)]
+    unsafe fn two(p: &[*const u8; 2]) -> [__m256i; 2] {
+        let table = _mm_xor_si128(_mm_loadu_si128(F::BIASED.as_ptr().cast()), _mm_set1_epi8(i8::MIN));
+        let table = _mm256_broadcastsi128_si256(table);
+        // The activations at even places come first, as do the high halves of bytes.
+        let [low, high] = nibbles(_mm256_loadu_si256(p[0].cast()));
+        [_mm256_shuffle_epi8(table, high), _mm256_shuffle_epi8(table, low)]
+    }
+}
+
+impl Two for Int8 {
+    const HAS_MIN: bool = true;
+    #[inline(always)]
+    unsafe fn two(p: &[*const u8; 2]) -> [__m256i; 2] {
+        [gather16(p, 0), gather16(p, 16)]
     }
 }
 

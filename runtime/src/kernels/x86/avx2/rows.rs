@@ -1,27 +1,21 @@
-//! Few tokens: rows are read once, straight from their blocks, front to back. The order of the sums is that of
+//! Few tokens, blocks of 256: rows are read once, straight from their blocks, front to back. The order of the sums is that of
 //! `avx512::rows`, with the halves of its vectors one after the other. Four blocks are prepared together, as there; the
 //! activations stay in row order, which 32 codes at a time need no other.
 
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for the instruction set and for `Matmul`'s contract alone
 
-use super::narrow::{Narrow, Two, pairs};
-use crate::kernels::matmul::{INT_PANEL_TOKENS, Job};
+use super::narrow::Narrow;
+use crate::kernels::matmul::{INT_PANEL_TOKENS, Job, Scratch};
 use crate::kernels::memory::LANES;
 use crate::kernels::x86::few::{FOUR, Few, TOKENS, fetch_ahead, four_blocks, walk};
 use crate::kernels::x86::sums::{fold_eight, sum_four};
-use crate::kernels::x86::unpack::f16_four;
 use std::arch::x86_64::*;
 use std::hint::black_box;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn small<F: Two>(job: &Job<'_>) {
-    walk(&SmallRow::<F> { tokens: tokens(job, 32), of: PhantomData }, job);
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn large<F: Narrow>(job: &Job<'_>) {
+pub(super) unsafe fn large<F: Narrow>(job: &Job<'_>, _: &mut Scratch) {
     let tokens = tokens(job, F::SUB);
     match job.weights.cols {
         256 => walk(&LargeRows::<F, FOUR> { tokens, of: PhantomData }, job),
@@ -33,50 +27,6 @@ pub(super) unsafe fn large<F: Narrow>(job: &Job<'_>) {
 #[inline(always)]
 pub(super) unsafe fn sum_sixteen(x: [__m256; 2]) -> f32 {
     sum_four(fold_eight(_mm256_add_ps(x[0], x[1])))
-}
-
-/// Rows of blocks of 32. A row has sixteen lanes of a sum: four blocks', four each.
-struct SmallRow<F> {
-    tokens: [Token; INT_PANEL_TOKENS],
-    of: PhantomData<F>,
-}
-
-/// Sums of a row of blocks of 32.
-#[derive(Clone, Copy)]
-struct SmallSums {
-    products: [__m256; 2],
-    offsets: __m128,
-}
-
-impl<F: Two> Few for SmallRow<F> {
-    const ROWS: usize = 1;
-
-    #[inline(always)]
-    unsafe fn product<const T: usize>(
-        &self,
-        job: &Job<'_>,
-        row: usize,
-        t: usize,
-        out: &mut [[f32; LANES]; TOKENS],
-        r: usize,
-    ) {
-        let (p, n_blocks) = (job.weights.row_of(row, 32, F::BYTES), job.weights.cols / 32);
-        let x = each!([self.tokens[0]; T], i => self.tokens[t + i]);
-        let mut sums = [SmallSums { products: [_mm256_setzero_ps(); 2], offsets: _mm_setzero_ps() }; T];
-        let whole = n_blocks / FOUR * FOUR;
-        for b in (0..whole).step_by(FOUR) {
-            small_blocks::<F, T>(p.add(b * F::BYTES), &x, b, FOUR, &mut sums);
-        }
-        if whole < n_blocks {
-            small_blocks::<F, T>(p.add(whole * F::BYTES), &x, whole, n_blocks - whole, &mut sums);
-        }
-        for i in 0..T {
-            out[i][r] = sum_sixteen(sums[i].products);
-            if F::HAS_M {
-                out[i][r] += sum_four(sums[i].offsets);
-            }
-        }
-    }
 }
 
 /// The `n` numbers at `p`, zeros after them.
@@ -94,7 +44,7 @@ unsafe fn up_to_four(p: *const f32, n: usize) -> __m128 {
 
 /// Numbers `2 h` and `2 h + 1` of four, each in all lanes of its half.
 #[inline(always)]
-unsafe fn spread(x: __m128, h: usize) -> __m256 {
+pub(super) unsafe fn spread(x: __m128, h: usize) -> __m256 {
     let both = _mm256_set_m128(x, x);
     let which = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
     _mm256_permutevar_ps(both, _mm256_add_epi32(which, _mm256_set1_epi32(2 * h as i32)))
@@ -105,57 +55,6 @@ unsafe fn spread(x: __m128, h: usize) -> __m256 {
 unsafe fn spread_one(x: __m128, j: usize) -> __m256 {
     let both = _mm256_set_m128(x, x);
     _mm256_permutevar_ps(both, _mm256_set1_epi32(j as i32))
-}
-
-/// Blocks `b..b + n`, the first of them at `p`.
-#[inline(always)]
-unsafe fn small_blocks<F: Two, const T: usize>(
-    p: *const u8,
-    x: &[Token; T],
-    b: usize,
-    n: usize,
-    sums: &mut [SmallSums; T],
-) {
-    fetch_ahead(p, FOUR * F::BYTES, 0, 1);
-    let p = four_blocks(p, F::BYTES, n);
-    let ones = _mm256_set1_epi16(1);
-    let d = f16_four(&p, 0);
-    let scales = each!([d; T], i => up_to_four(x[i].scales.add(b), n));
-    let factors = each!([d; T], i => _mm_mul_ps(d, scales[i]));
-    for h in 0..2 {
-        if 2 * h >= n {
-            break;
-        }
-        let codes = F::two(&[p[2 * h], p[2 * h + 1]]);
-        // Of a block that does not exist the factor is zero, so any activations will do.
-        let (first, second) = (32 * (b + 2 * h), 32 * (b + (2 * h + 1).min(n - 1)));
-        for i in 0..T {
-            let x = x[i].codes;
-            let x = each!([ones; 2], half => _mm256_set_m128i(
-                _mm_loadu_si128(x.add(second + 16 * half).cast()),
-                _mm_loadu_si128(x.add(first + 16 * half).cast())
-            ));
-            let (low, high) = (pairs::<F>(codes[0], x[0]), pairs::<F>(codes[1], x[1]));
-            let dot = if F::BIAS < 128 {
-                _mm256_madd_epi16(_mm256_add_epi16(low, high), ones) // at most 4·31·127 in i16
-            } else {
-                _mm256_add_epi32(_mm256_madd_epi16(low, ones), _mm256_madd_epi16(high, ones))
-            };
-            let sum = &mut sums[i].products[h];
-            *sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), spread(factors[i], h), *sum);
-        }
-    }
-    if F::HAS_M {
-        let m = f16_four(&p, 2);
-        for i in 0..T {
-            let mut x_sums = [0.0; FOUR];
-            for j in 0..n {
-                x_sums[j] = *x[i].sums.add(b + j) as f32;
-            }
-            let terms = _mm_mul_ps(scales[i], _mm_loadu_ps(x_sums.as_ptr()));
-            sums[i].offsets = _mm_fmadd_ps(m, terms, sums[i].offsets);
-        }
-    }
 }
 
 /// Rows of blocks of 256, `R` at a time: one, or four rows of one block each.
