@@ -54,7 +54,7 @@ impl Isa {
     pub(crate) fn run(self, work: impl Work) {
         assert!(self.supported(), "{self:?} on a machine that lacks it");
         match self {
-            Self::Baseline => work.run::<8>(),
+            Self::Baseline => work.run::<BASELINE>(),
             // SAFETY: the machine has the features; that was asserted above.
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => unsafe { avx2(work) },
@@ -66,6 +66,9 @@ impl Isa {
         }
     }
 }
+
+/// Lanes of [`Isa::Baseline`]; on x86-64, 8 and 16 say that there is more than that.
+const BASELINE: usize = if cfg!(target_arch = "x86_64") { 4 } else { 8 };
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,f16c")]

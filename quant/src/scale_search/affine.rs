@@ -4,7 +4,7 @@
 #![allow(clippy::needless_range_loop)]
 
 #[cfg(target_arch = "x86_64")]
-use super::avx512::Passes;
+use super::vectors::Passes;
 use super::{
     Codes, ErrorWeight, Lanes, STARTS, Sub, TINY, Tile, add, any_less, codes, integers, inverse, limit,
     low_byte, map, map2, mean_square, nearest, ratio, round, round_f16, start_factor, store, total,
@@ -89,7 +89,7 @@ impl<const L: usize> Sums<L> {
 
 impl<const N: usize, const L: usize> Sub<N, L> {
     /// The sums for the codes of each ruler. `shifted` is `x + min`, where that is the same for all of them.
-    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))] // `known` is for AVX-512
+    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))] // `known` is for tables
     #[inline(always)]
     fn affine_sums<const C: usize>(
         &self,
@@ -119,7 +119,7 @@ impl<const N: usize, const L: usize> Sub<N, L> {
     }
 
     /// Weighted squared errors of each lane after rounding with each of these fits.
-    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))] // `known` is for AVX-512
+    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))] // `known` is for tables
     #[inline(always)]
     fn affine_errors<const C: usize>(
         &self,

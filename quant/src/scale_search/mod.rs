@@ -6,11 +6,11 @@
 //! Everything here is `#[inline(always)]`, so that it is compiled with the features of [`crate::isa`]'s functions.
 
 pub mod affine;
-#[cfg(target_arch = "x86_64")]
-#[allow(unsafe_code)] // instructions
-mod avx512;
 pub mod grid;
 pub mod signed;
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)] // instructions
+mod vectors;
 
 /// One number per block.
 pub type Lanes<const L: usize> = [f32; L];
@@ -122,7 +122,7 @@ fn transpose<'a, const N: usize, const L: usize, const LEN: usize>(
         for (i, lanes) in lanes.as_chunks_mut::<16>().0.iter_mut().enumerate() {
             let row =
                 |lane| block(lane).expect("all lanes")[first + 16 * i..].first_chunk().expect("16 weights");
-            avx512::transpose(row, lanes);
+            vectors::transpose(row, lanes);
         }
         return;
     }

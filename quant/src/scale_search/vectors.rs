@@ -1,0 +1,311 @@
+//! What plain loops over lanes cannot say, in instructions of AVX2 and AVX-512: candidates go together, and the nearest code
+//! is found without the pipes that add floats.
+
+use std::arch::x86_64::*;
+
+use super::affine::{Fit, Known, Ruler, Sums};
+use super::{Lanes, Sub, limit};
+
+/// As many floats as an instruction set takes at once.
+trait Vector: Copy {
+    const ZERO: Self;
+    unsafe fn load<const L: usize>(lanes: &Lanes<L>) -> Self;
+    unsafe fn store<const L: usize>(self, lanes: &mut Lanes<L>);
+    unsafe fn add(self, b: Self) -> Self;
+    unsafe fn sub(self, b: Self) -> Self;
+    unsafe fn mul(self, b: Self) -> Self;
+}
+
+macro_rules! vector {
+    ($v:ident of $lanes:literal, $load:ident $store:ident $add:ident $sub:ident $mul:ident) => {
+        impl Vector for $v {
+            // SAFETY: any bits are floats.
+            const ZERO: Self = unsafe { std::mem::zeroed() };
+            #[inline(always)]
+            unsafe fn load<const L: usize>(lanes: &Lanes<L>) -> Self {
+                assert!(L == $lanes);
+                // SAFETY: there are so many lanes, and the caller has the features; so below.
+                unsafe { $load(lanes.as_ptr()) }
+            }
+            #[inline(always)]
+            unsafe fn store<const L: usize>(self, lanes: &mut Lanes<L>) {
+                assert!(L == $lanes);
+                // SAFETY: see above.
+                unsafe { $store(lanes.as_mut_ptr(), self) };
+            }
+            #[inline(always)]
+            unsafe fn add(self, b: Self) -> Self {
+                // SAFETY: see above.
+                unsafe { $add(self, b) }
+            }
+            #[inline(always)]
+            unsafe fn sub(self, b: Self) -> Self {
+                // SAFETY: see above.
+                unsafe { $sub(self, b) }
+            }
+            #[inline(always)]
+            unsafe fn mul(self, b: Self) -> Self {
+                // SAFETY: see above.
+                unsafe { $mul(self, b) }
+            }
+        }
+    };
+}
+
+vector!(__m256 of 8, _mm256_loadu_ps _mm256_storeu_ps _mm256_add_ps _mm256_sub_ps _mm256_mul_ps);
+vector!(__m512 of 16, _mm512_loadu_ps _mm512_storeu_ps _mm512_add_ps _mm512_sub_ps _mm512_mul_ps);
+
+/// A way to the nearest codes, ties to even.
+trait Nearest<V>: Copy {
+    /// The codes of numbers. Call it with the features of the vectors.
+    unsafe fn codes(self, numbers: V) -> V;
+}
+
+/// Looks integers up in a table that goes on beyond the codes at both ends. One instruction then limits an integer and makes
+/// a float of it.
+#[derive(Clone, Copy)]
+struct Table {
+    /// Codes of the integers 0 to 15.
+    low: __m512,
+    /// Codes of the integers 16 to 23, then those of -8 to -1: the place of an integer is its low five bits.
+    high: __m512,
+}
+
+impl Table {
+    /// The table has the codes of numbers between these.
+    const LEAST: f32 = -8.5;
+    const MOST: f32 = 23.5;
+    /// The largest code that finds room.
+    const N_MAX: f32 = 15.0;
+}
+
+impl Nearest<__m512> for Table {
+    #[inline(always)]
+    unsafe fn codes(self, numbers: __m512) -> __m512 {
+        // SAFETY: the caller has the features.
+        unsafe { _mm512_permutex2var_ps(self.low, _mm512_cvtps_epi32(numbers), self.high) }
+    }
+}
+
+/// Rounds, and limits the bits as integers: floats that are not negative are ordered as their bits are, and integers leave
+/// the pipes free that add floats.
+#[derive(Clone, Copy)]
+struct Limit {
+    /// The bits of the largest code.
+    n_max: i32,
+}
+
+impl Nearest<__m512> for Limit {
+    #[inline(always)]
+    unsafe fn codes(self, numbers: __m512) -> __m512 {
+        // SAFETY: the caller has the features.
+        unsafe {
+            let rounded = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(numbers);
+            let bits = _mm512_min_epi32(_mm512_castps_si512(rounded), _mm512_set1_epi32(self.n_max));
+            _mm512_castsi512_ps(_mm512_max_epi32(bits, _mm512_setzero_si512()))
+        }
+    }
+}
+
+impl Nearest<__m256> for Limit {
+    #[inline(always)]
+    unsafe fn codes(self, numbers: __m256) -> __m256 {
+        // SAFETY: the caller has the features.
+        unsafe {
+            let rounded = _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(numbers);
+            let bits = _mm256_min_epi32(_mm256_castps_si256(rounded), _mm256_set1_epi32(self.n_max));
+            _mm256_castsi256_ps(_mm256_max_epi32(bits, _mm256_setzero_si256()))
+        }
+    }
+}
+
+/// The passes over a sub-block for codes `0 ..= n_max`. That there are any says that `L` is 8 or 16, which are for
+/// `isa::avx2` and `isa::avx512` alone, and that these features are there.
+pub struct Passes<const L: usize> {
+    n_max: f32,
+}
+
+impl<const L: usize> Passes<L> {
+    /// The passes, if as many lanes go together as a vector has.
+    #[inline(always)]
+    pub fn of(n_max: f32) -> Option<Self> {
+        if L == 8 || L == 16 { Some(Self { n_max }) } else { None }
+    }
+
+    /// `Sub::affine_sums`.
+    #[inline(always)]
+    pub fn sums<const N: usize, const C: usize>(
+        &self,
+        sub: &Sub<N, L>,
+        known: &Known<L>,
+        rulers: &[Ruler<L>; C],
+        shifted: Option<&[Lanes<L>; N]>,
+    ) -> [Sums<L>; C] {
+        // SAFETY: there are passes, hence the features for so many lanes.
+        unsafe {
+            if L == 8 {
+                sums::<__m256, N, C, L>(sub, rulers, shifted, self.limit())
+            } else if self.table_reaches(known, rulers) {
+                sums::<__m512, N, C, L>(sub, rulers, shifted, self.table())
+            } else {
+                sums::<__m512, N, C, L>(sub, rulers, shifted, self.limit())
+            }
+        }
+    }
+
+    /// `Sub::affine_errors`.
+    #[inline(always)]
+    pub fn errors<const N: usize, const C: usize>(
+        &self,
+        sub: &Sub<N, L>,
+        known: &Known<L>,
+        fits: &[Fit<L>; C],
+        rulers: &[Ruler<L>; C],
+    ) -> [Lanes<L>; C] {
+        // SAFETY: as above.
+        unsafe {
+            if L == 8 {
+                errors::<__m256, N, C, L>(sub, fits, rulers, self.limit())
+            } else if self.table_reaches(known, rulers) {
+                errors::<__m512, N, C, L>(sub, fits, rulers, self.table())
+            } else {
+                errors::<__m512, N, C, L>(sub, fits, rulers, self.limit())
+            }
+        }
+    }
+
+    /// Whether the table has the codes of all weights with each of these rulers.
+    #[inline(always)]
+    unsafe fn table_reaches<const C: usize>(&self, known: &Known<L>, rulers: &[Ruler<L>; C]) -> bool {
+        if self.n_max > Table::N_MAX {
+            return false;
+        }
+        let mut reaches = u16::MAX;
+        // SAFETY: the caller has the features of AVX-512 and `L` is 16.
+        unsafe {
+            // Not to stop at the first that it does not reach keeps the loop free of branches.
+            for ruler in rulers {
+                let (min, inverse) = (__m512::load(&ruler.min), __m512::load(&ruler.inverse));
+                // Larger weights have larger numbers, so that the ends speak for all.
+                let least = __m512::load(&known.lo).add(min).mul(inverse);
+                let most = __m512::load(&known.hi).add(min).mul(inverse);
+                reaches &= _mm512_cmp_ps_mask::<_CMP_GT_OQ>(least, _mm512_set1_ps(Table::LEAST))
+                    & _mm512_cmp_ps_mask::<_CMP_LT_OQ>(most, _mm512_set1_ps(Table::MOST));
+            }
+        }
+        reaches == u16::MAX
+    }
+
+    #[inline(always)]
+    unsafe fn table(&self) -> Table {
+        let (mut low, mut high) = ([0.0; L], [0.0; L]);
+        for i in 0..L {
+            low[i] = limit(i as f32, 0.0, self.n_max);
+            high[i] = if i < 8 { self.n_max } else { 0.0 };
+        }
+        // SAFETY: the caller has the features and `L` is 16.
+        unsafe { Table { low: __m512::load(&low), high: __m512::load(&high) } }
+    }
+
+    #[inline(always)]
+    fn limit(&self) -> Limit {
+        Limit { n_max: self.n_max.to_bits() as i32 }
+    }
+}
+
+#[inline(always)]
+unsafe fn sums<V: Vector, const N: usize, const C: usize, const L: usize>(
+    sub: &Sub<N, L>,
+    rulers: &[Ruler<L>; C],
+    shifted: Option<&[Lanes<L>; N]>,
+    nearest: impl Nearest<V>,
+) -> [Sums<L>; C] {
+    let mut sums = [Sums::ZERO; C];
+    // SAFETY: the caller has the features of the vectors, which have `L` lanes.
+    unsafe {
+        let (mut wq, mut wqq, mut wqx) = ([V::ZERO; C], [V::ZERO; C], [V::ZERO; C]);
+        for i in 0..N {
+            let (x, w) = (V::load(&sub.x[i]), V::load(&sub.w[i]));
+            for c in 0..C {
+                let y = match shifted {
+                    Some(y) => V::load(&y[i]),
+                    None => x.add(V::load(&rulers[c].min)),
+                };
+                let q = nearest.codes(y.mul(V::load(&rulers[c].inverse)));
+                let product = w.mul(q);
+                wq[c] = wq[c].add(product);
+                wqq[c] = wqq[c].add(product.mul(q));
+                wqx[c] = wqx[c].add(product.mul(x));
+            }
+        }
+        for c in 0..C {
+            wq[c].store(&mut sums[c].wq);
+            wqq[c].store(&mut sums[c].wqq);
+            wqx[c].store(&mut sums[c].wqx);
+        }
+    }
+    sums
+}
+
+#[inline(always)]
+unsafe fn errors<V: Vector, const N: usize, const C: usize, const L: usize>(
+    sub: &Sub<N, L>,
+    fits: &[Fit<L>; C],
+    rulers: &[Ruler<L>; C],
+    nearest: impl Nearest<V>,
+) -> [Lanes<L>; C] {
+    let mut errors = [[0.0; L]; C];
+    // SAFETY: the caller has the features of the vectors, which have `L` lanes.
+    unsafe {
+        let mut sums = [V::ZERO; C];
+        for i in 0..N {
+            let (x, w) = (V::load(&sub.x[i]), V::load(&sub.w[i]));
+            for c in 0..C {
+                let y = x.add(V::load(&rulers[c].min));
+                let q = nearest.codes(y.mul(V::load(&rulers[c].inverse)));
+                let e = y.sub(V::load(&fits[c].scale).mul(q));
+                sums[c] = sums[c].add(w.mul(e.mul(e)));
+            }
+        }
+        for c in 0..C {
+            sums[c].store(&mut errors[c]);
+        }
+    }
+    errors
+}
+
+/// Puts rows `0 .. 16` side by side. Each step interleaves pieces that are twice as long as those of the step before:
+/// floats, pairs of them, then quarters of the vectors twice. Nothing happens unless `L` is 16.
+#[inline(always)]
+pub fn transpose<'a, const L: usize>(row: impl Fn(usize) -> &'a [f32; 16], lanes: &mut [Lanes<L>; 16]) {
+    if L != 16 {
+        return;
+    }
+    // SAFETY: the arrays have sixteen floats; sixteen lanes are for `isa::avx512` alone, which has the features.
+    unsafe {
+        let zero = _mm512_setzero_ps();
+        let (mut pairs, mut fours) = ([zero; 16], [zero; 16]);
+        for i in (0..16).step_by(2) {
+            let (a, b) = (__m512::load(row(i)), __m512::load(row(i + 1)));
+            pairs[i] = _mm512_unpacklo_ps(a, b);
+            pairs[i + 1] = _mm512_unpackhi_ps(a, b);
+        }
+        for i in (0..16).step_by(4) {
+            for half in 0..2 {
+                let (a, b) = (_mm512_castps_pd(pairs[i + half]), _mm512_castps_pd(pairs[i + 2 + half]));
+                fours[i + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+                fours[i + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+            }
+        }
+        // Quarter q of fours[i + c] has column 4 q + c of rows i .. i + 4.
+        for c in 0..4 {
+            let (a, b, d, e) = (fours[c], fours[4 + c], fours[8 + c], fours[12 + c]);
+            let even = (_mm512_shuffle_f32x4::<0x88>(a, b), _mm512_shuffle_f32x4::<0x88>(d, e));
+            let odd = (_mm512_shuffle_f32x4::<0xdd>(a, b), _mm512_shuffle_f32x4::<0xdd>(d, e));
+            _mm512_shuffle_f32x4::<0x88>(even.0, even.1).store(&mut lanes[c]);
+            _mm512_shuffle_f32x4::<0x88>(odd.0, odd.1).store(&mut lanes[4 + c]);
+            _mm512_shuffle_f32x4::<0xdd>(even.0, even.1).store(&mut lanes[8 + c]);
+            _mm512_shuffle_f32x4::<0xdd>(odd.0, odd.1).store(&mut lanes[12 + c]);
+        }
+    }
+}
