@@ -11,12 +11,6 @@ use super::{
 };
 use crate::codec::{Group, groups};
 
-/// An array of what the expression is for each number. In a loop over candidates around one over lanes the compiler would
-/// take the candidates as lanes, and scatter and gather.
-macro_rules! each {
-    ($c:ident in [$($n:literal)*] => $of:expr) => { [$({ let $c: usize = $n; $of }),*] };
-}
-
 /// Candidates that are tried in one pass over a sub-block. A pass alone is short, and what it begins and ends with would
 /// take as long as half of it.
 const TOGETHER: usize = 3;
@@ -99,8 +93,8 @@ impl<const N: usize, const L: usize> Sub<N, L> {
         n_max: f32,
     ) -> [Sums<L>; C] {
         #[cfg(target_arch = "x86_64")]
-        if let Some(passes) = Passes::of(n_max) {
-            return passes.sums(self, known, rulers, shifted);
+        if let Some(passes) = Passes::get() {
+            return passes.sums(self, known, rulers, shifted, n_max);
         }
         let mut sums = [Sums::ZERO; C];
         for (i, (x, w)) in self.x.iter().zip(&self.w).enumerate() {
@@ -132,8 +126,8 @@ impl<const N: usize, const L: usize> Sub<N, L> {
             rulers[c] = Ruler::of(&fits[c]);
         }
         #[cfg(target_arch = "x86_64")]
-        if let Some(passes) = Passes::of(n_max) {
-            return passes.errors(self, known, fits, &rulers);
+        if let Some(passes) = Passes::get() {
+            return passes.errors(self, known, fits, &rulers, n_max);
         }
         let mut errors = [[0.0; L]; C];
         // One after the other: together the compiler would take the fits as lanes.

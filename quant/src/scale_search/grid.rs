@@ -6,6 +6,8 @@ pub trait Grid {
     const LOW: f32;
     /// The largest number.
     const HIGH: f32;
+    /// Whether it has all integers between these and nothing else.
+    const ARE_INTEGERS: bool;
     /// The number nearest to `t`.
     fn nearest(t: f32) -> f32;
 }
@@ -16,6 +18,7 @@ pub struct Integers<const HALF: i32>;
 impl<const HALF: i32> Grid for Integers<HALF> {
     const LOW: f32 = -HALF as f32;
     const HIGH: f32 = (HALF - 1) as f32;
+    const ARE_INTEGERS: bool = true;
 
     #[inline(always)]
     fn nearest(t: f32) -> f32 {
@@ -72,6 +75,7 @@ fn iq4_bin(t: f32) -> usize {
 impl Grid for Iq4 {
     const LOW: f32 = -127.0;
     const HIGH: f32 = 113.0;
+    const ARE_INTEGERS: bool = false;
 
     #[inline(always)]
     fn nearest(t: f32) -> f32 {

@@ -5,6 +5,12 @@
 //!
 //! Everything here is `#[inline(always)]`, so that it is compiled with the features of [`crate::isa`]'s functions.
 
+/// An array of what the expression is for each number. In a loop over candidates around one over lanes the compiler would
+/// take the candidates as lanes, and scatter and gather.
+macro_rules! each {
+    ($c:ident in [$($n:literal)*] => $of:expr) => { [$({ let $c: usize = $n; $of }),*] };
+}
+
 pub mod affine;
 pub mod grid;
 pub mod signed;

@@ -4,6 +4,8 @@
 #![allow(clippy::needless_range_loop)]
 
 use super::grid::Grid;
+#[cfg(target_arch = "x86_64")]
+use super::vectors::Passes;
 use super::{
     Codes, ErrorWeight, Lanes, STARTS, Sub, TINY, Tile, add, any_less, codes, integers, inverse, limit, map,
     map2, mean_square, ratio, round_f16, start_factor, total,
@@ -20,34 +22,66 @@ pub struct Search {
     pub n: i32,
 }
 
+/// Scales whose sums are taken in one pass over a sub-block,
+const FITS: usize = 3;
+/// and trials whose errors are.
+const TRIALS: usize = 4;
+
+/// Sums over a sub-block for given numbers g of a grid.
+#[derive(Clone, Copy)]
+pub(super) struct SignedSums<const L: usize> {
+    pub wgx: Lanes<L>,
+    pub wgg: Lanes<L>,
+}
+
+impl<const L: usize> SignedSums<L> {
+    pub const ZERO: Self = Self { wgx: [0.0; L], wgg: [0.0; L] };
+}
+
 impl<const N: usize, const L: usize> Sub<N, L> {
-    /// Sums of w g x and w g g for the grid numbers nearest to `x * inverse`.
+    /// The sums for the grid numbers nearest to `x * inverse`, for each of these.
     #[inline(always)]
-    fn signed_sums<G: Grid>(&self, inverse: &Lanes<L>) -> (Lanes<L>, Lanes<L>) {
-        let (mut wgx, mut wgg) = ([0.0; L], [0.0; L]);
-        for (x, w) in self.x.iter().zip(&self.w) {
-            for l in 0..L {
-                let g = G::nearest(x[l] * inverse[l]);
-                let wg = w[l] * g;
-                wgx[l] += wg * x[l];
-                wgg[l] += wg * g;
+    fn signed_sums<G: Grid, const C: usize>(&self, inverses: &[Lanes<L>; C]) -> [SignedSums<L>; C] {
+        #[cfg(target_arch = "x86_64")]
+        if let (true, Some(passes)) = (G::ARE_INTEGERS, Passes::get()) {
+            return passes.signed_sums::<G, N, C>(self, inverses);
+        }
+        let mut sums = [SignedSums::ZERO; C];
+        // One after the other: together the compiler would take the candidates as lanes.
+        for (sums, inverse) in sums.iter_mut().zip(inverses) {
+            for (x, w) in self.x.iter().zip(&self.w) {
+                for l in 0..L {
+                    let g = G::nearest(x[l] * inverse[l]);
+                    let wg = w[l] * g;
+                    sums.wgx[l] += wg * x[l];
+                    sums.wgg[l] += wg * g;
+                }
             }
         }
-        (wgx, wgg)
+        sums
     }
 
-    /// Weighted squared error of each lane after rounding with these scales.
+    /// Weighted squared errors of each lane after rounding with each of these scales.
     #[inline(always)]
-    fn signed_error<G: Grid>(&self, scale: &Lanes<L>) -> Lanes<L> {
-        let inverse = inverse(scale);
-        let mut error = [0.0; L];
-        for (x, w) in self.x.iter().zip(&self.w) {
-            for l in 0..L {
-                let e = x[l] - scale[l] * G::nearest(x[l] * inverse[l]);
-                error[l] += w[l] * (e * e);
+    fn signed_errors<G: Grid, const C: usize>(&self, scales: &[Lanes<L>; C]) -> [Lanes<L>; C] {
+        let mut inverses = [inverse(&scales[0]); C];
+        for c in 1..C {
+            inverses[c] = inverse(&scales[c]);
+        }
+        #[cfg(target_arch = "x86_64")]
+        if let (true, Some(passes)) = (G::ARE_INTEGERS, Passes::get()) {
+            return passes.signed_errors::<G, N, C>(self, scales, &inverses);
+        }
+        let mut errors = [[0.0; L]; C];
+        for (error, (scale, inverse)) in errors.iter_mut().zip(scales.iter().zip(&inverses)) {
+            for (x, w) in self.x.iter().zip(&self.w) {
+                for l in 0..L {
+                    let e = x[l] - scale[l] * G::nearest(x[l] * inverse[l]);
+                    error[l] += w[l] * (e * e);
+                }
             }
         }
-        error
+        errors
     }
 
     /// The best scale of each lane on its own.
@@ -61,28 +95,32 @@ impl<const N: usize, const L: usize> Sub<N, L> {
         }
         let mut best = map(&peak, |p| if p.abs() > TINY { p / G::LOW } else { 0.0 });
         let mut gain = [0.0; L];
-        for edge in [G::LOW, G::HIGH] {
-            for k in -search.n..=search.n {
-                let t = edge + search.step * k as f32;
-                let inverse = map(&peak, |p| ratio(t, p, TINY));
-                self.offer::<G>(&inverse, &mut best, &mut gain);
-            }
+        let per_edge = 2 * search.n + 1;
+        for i in (0..2 * per_edge).step_by(FITS) {
+            let inverses = each!(c in [0 1 2] => {
+                let i = i + c as i32;
+                let (edge, k) = if i < per_edge { (G::LOW, i) } else { (G::HIGH, i - per_edge) };
+                let t = edge + search.step * (k - search.n) as f32;
+                map(&peak, |p| ratio(t, p, TINY))
+            });
+            let sums = self.signed_sums::<G, FITS>(&inverses);
+            each!(c in [0 1 2] => if i + (c as i32) < 2 * per_edge { offer(&sums[c], &mut best, &mut gain) });
         }
-        self.offer::<G>(&inverse(&best), &mut best, &mut gain);
+        let [sums] = self.signed_sums::<G, 1>(&[inverse(&best)]);
+        offer(&sums, &mut best, &mut gain);
         best
     }
+}
 
-    /// Takes the least-squares scale for the codes of this inverse where it is better.
-    #[inline(always)]
-    fn offer<G: Grid>(&self, inverse: &Lanes<L>, best: &mut Lanes<L>, best_gain: &mut Lanes<L>) {
-        let (wgx, wgg) = self.signed_sums::<G>(inverse);
-        for l in 0..L {
-            // What the least-squares scale takes away from the sum of w x^2; NaN where all g are 0.
-            let (gain, scale) = (wgx[l] * wgx[l] / wgg[l], wgx[l] / wgg[l]);
-            let better = gain > best_gain[l];
-            best_gain[l] = if better { gain } else { best_gain[l] };
-            best[l] = if better { scale } else { best[l] };
-        }
+/// Takes the least-squares scale for grid numbers with these sums where it is better.
+#[inline(always)]
+fn offer<const L: usize>(s: &SignedSums<L>, best: &mut Lanes<L>, best_gain: &mut Lanes<L>) {
+    for l in 0..L {
+        // What the least-squares scale takes away from the sum of w x^2; NaN where all g are 0.
+        let (gain, scale) = (s.wgx[l] * s.wgx[l] / s.wgg[l], s.wgx[l] / s.wgg[l]);
+        let better = gain > best_gain[l];
+        best_gain[l] = if better { gain } else { best_gain[l] };
+        best[l] = if better { scale } else { best[l] };
     }
 }
 
@@ -145,57 +183,68 @@ impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
         let mut blocks = with_d(&map(&peak, |p| p / -sub_half));
         let mut error = [[0.0; L]; S];
         for j in 0..S {
-            error[j] = self.0[j].signed_error::<G>(&blocks.scale(j));
+            [error[j]] = self.0[j].signed_errors::<G, 1>(&[blocks.scale(j)]);
         }
-        for k in 1..STARTS {
-            let trial = with_d(&map(&peak, |p| p / -sub_half * start_factor(k, sub_half)));
-            self.keep_better_signed::<G>(&trial, &mut blocks, &mut error);
+        for k in (1..STARTS).step_by(TRIALS) {
+            let trials = each!(c in [0 1 2 3] => with_d(&map(&peak, |p| p / -sub_half * start_factor(k + c, sub_half))));
+            self.keep_better_signed::<G, TRIALS>(&trials, &mut blocks, &mut error);
         }
         for round in 0..3 {
             self.improve_signed_integers::<G>(&mut blocks, &mut error, sub_half);
             if round < 2 {
                 let (mut num, mut den) = ([0.0; L], [0.0; L]);
                 for j in 0..S {
-                    let (wgx, wgg) = self.0[j].signed_sums::<G>(&inverse(&blocks.scale(j)));
+                    let [s] = self.0[j].signed_sums::<G, 1>(&[inverse(&blocks.scale(j))]);
                     let sc = &blocks.sc[j];
                     for l in 0..L {
-                        num[l] += sc[l] * wgx[l];
-                        den[l] += sc[l] * sc[l] * wgg[l];
+                        num[l] += sc[l] * s.wgx[l];
+                        den[l] += sc[l] * sc[l] * s.wgg[l];
                     }
                 }
                 let d = map2(&num, &den, |num, den| num / den);
                 let trial = Blocks { d: round_f16(&d), ..blocks };
-                self.keep_better_signed::<G>(&trial, &mut blocks, &mut error);
+                self.keep_better_signed::<G, 1>(&[trial], &mut blocks, &mut error);
             }
         }
         blocks
     }
 
-    /// Replaces the blocks for which the trial as a whole is better.
+    /// Replaces the blocks for which a trial as a whole is better; of several that are, by the best, and the first of those.
     #[inline(always)]
-    fn keep_better_signed<G: Grid>(
+    fn keep_better_signed<G: Grid, const C: usize>(
         &self,
-        trial: &Blocks<S, L>,
+        trials: &[Blocks<S, L>; C],
         blocks: &mut Blocks<S, L>,
         error: &mut [Lanes<L>; S],
     ) {
-        let best = total(error);
-        let (mut e, mut sum) = ([[0.0; L]; S], [0.0; L]);
+        let mut best = total(error);
+        let (mut errors, mut sums) = ([[[0.0; L]; C]; S], [[0.0; L]; C]);
         for j in 0..S {
-            e[j] = self.0[j].signed_error::<G>(&trial.scale(j));
-            add(&mut sum, &e[j]);
-            // Errors are not negative: the sum only grows.
-            if !any_less(&sum, &best) {
+            let mut scales = [trials[0].scale(j); C];
+            for c in 1..C {
+                scales[c] = trials[c].scale(j);
+            }
+            errors[j] = self.0[j].signed_errors::<G, C>(&scales);
+            let mut possible = false;
+            for c in 0..C {
+                add(&mut sums[c], &errors[j][c]);
+                possible |= any_less(&sums[c], &best);
+            }
+            // Errors are not negative: the sums only grow.
+            if !possible {
                 return;
             }
         }
-        for l in 0..L {
-            let better = sum[l] < best[l];
-            let keep = |old: &mut f32, new: f32| *old = if better { new } else { *old };
-            keep(&mut blocks.d[l], trial.d[l]);
-            for j in 0..S {
-                keep(&mut blocks.sc[j][l], trial.sc[j][l]);
-                keep(&mut error[j][l], e[j][l]);
+        for (c, trial) in trials.iter().enumerate() {
+            for l in 0..L {
+                let better = sums[c][l] < best[l];
+                let keep = |old: &mut f32, new: f32| *old = if better { new } else { *old };
+                keep(&mut best[l], sums[c][l]);
+                keep(&mut blocks.d[l], trial.d[l]);
+                for j in 0..S {
+                    keep(&mut blocks.sc[j][l], trial.sc[j][l]);
+                    keep(&mut error[j][l], errors[j][c][l]);
+                }
             }
         }
     }
@@ -208,17 +257,19 @@ impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
         error: &mut [Lanes<L>; S],
         sub_half: f32,
     ) {
+        const STEPS: [f32; TRIALS] = [-1.0, 1.0, -2.0, 2.0];
         for j in 0..S {
             let from = blocks.sc[j];
-            for step in [-1.0, 1.0, -2.0, 2.0] {
-                let sc = map(&from, |v| limit(v + step, -sub_half, sub_half - 1.0));
-                let e = self.0[j].signed_error::<G>(&scale_of(&blocks.d, &sc));
+            let sc = each!(c in [0 1 2 3] => map(&from, |v| limit(v + STEPS[c], -sub_half, sub_half - 1.0)));
+            let scales = each!(c in [0 1 2 3] => scale_of(&blocks.d, &sc[c]));
+            let errors = self.0[j].signed_errors::<G, TRIALS>(&scales);
+            each!(c in [0 1 2 3] => {
                 for l in 0..L {
-                    let better = e[l] < error[j][l];
-                    error[j][l] = if better { e[l] } else { error[j][l] };
-                    blocks.sc[j][l] = if better { sc[l] } else { blocks.sc[j][l] };
+                    let better = errors[c][l] < error[j][l];
+                    error[j][l] = if better { errors[c][l] } else { error[j][l] };
+                    blocks.sc[j][l] = if better { sc[c][l] } else { blocks.sc[j][l] };
                 }
-            }
+            });
         }
     }
 }

@@ -4,6 +4,8 @@
 use std::arch::x86_64::*;
 
 use super::affine::{Fit, Known, Ruler, Sums};
+use super::grid::Grid;
+use super::signed::SignedSums;
 use super::{Lanes, Sub, limit};
 
 /// As many floats as an instruction set takes at once.
@@ -14,10 +16,15 @@ trait Vector: Copy {
     unsafe fn add(self, b: Self) -> Self;
     unsafe fn sub(self, b: Self) -> Self;
     unsafe fn mul(self, b: Self) -> Self;
+    /// The nearest integers, ties to even.
+    unsafe fn round(self) -> Self;
+    /// Limited to `lo ..= hi`, NaN to `hi`.
+    unsafe fn limit(self, lo: f32, hi: f32) -> Self;
 }
 
 macro_rules! vector {
-    ($v:ident of $lanes:literal, $load:ident $store:ident $add:ident $sub:ident $mul:ident) => {
+    ($v:ident of $lanes:literal, $load:ident $store:ident $add:ident $sub:ident $mul:ident $round:ident $splat:ident
+        $min:ident $max:ident) => {
         impl Vector for $v {
             // SAFETY: any bits are floats.
             const ZERO: Self = unsafe { std::mem::zeroed() };
@@ -48,12 +55,24 @@ macro_rules! vector {
                 // SAFETY: see above.
                 unsafe { $mul(self, b) }
             }
+            #[inline(always)]
+            unsafe fn round(self) -> Self {
+                // SAFETY: see above.
+                unsafe { $round::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(self) }
+            }
+            #[inline(always)]
+            unsafe fn limit(self, lo: f32, hi: f32) -> Self {
+                // SAFETY: see above.
+                unsafe { $max($min(self, $splat(hi)), $splat(lo)) }
+            }
         }
     };
 }
 
-vector!(__m256 of 8, _mm256_loadu_ps _mm256_storeu_ps _mm256_add_ps _mm256_sub_ps _mm256_mul_ps);
-vector!(__m512 of 16, _mm512_loadu_ps _mm512_storeu_ps _mm512_add_ps _mm512_sub_ps _mm512_mul_ps);
+vector!(__m256 of 8, _mm256_loadu_ps _mm256_storeu_ps _mm256_add_ps _mm256_sub_ps _mm256_mul_ps _mm256_round_ps
+    _mm256_set1_ps _mm256_min_ps _mm256_max_ps);
+vector!(__m512 of 16, _mm512_loadu_ps _mm512_storeu_ps _mm512_add_ps _mm512_sub_ps _mm512_mul_ps _mm512_roundscale_ps
+    _mm512_set1_ps _mm512_min_ps _mm512_max_ps);
 
 /// A way to the nearest codes, ties to even.
 trait Nearest<V>: Copy {
@@ -77,6 +96,44 @@ impl Table {
     const MOST: f32 = 23.5;
     /// The largest code that finds room.
     const N_MAX: f32 = 15.0;
+
+    /// For codes `0 ..= n_max`.
+    #[inline(always)]
+    unsafe fn to(n_max: f32) -> Self {
+        let (mut low, mut high) = ([0.0; 16], [0.0; 16]);
+        for i in 0..16 {
+            low[i] = limit(i as f32, 0.0, n_max);
+            high[i] = if i < 8 { n_max } else { 0.0 };
+        }
+        // SAFETY: the caller has the features.
+        unsafe { Self { low: __m512::load(&low), high: __m512::load(&high) } }
+    }
+
+    /// Whether it has the codes of all weights with each of these rulers.
+    #[inline(always)]
+    unsafe fn reaches<const C: usize, const L: usize>(
+        known: &Known<L>,
+        rulers: &[Ruler<L>; C],
+        n_max: f32,
+    ) -> bool {
+        if n_max > Self::N_MAX {
+            return false;
+        }
+        let mut reaches = u16::MAX;
+        // SAFETY: the caller has the features and `L` is 16.
+        unsafe {
+            // Not to stop at the first that it does not reach keeps the loop free of branches.
+            for ruler in rulers {
+                let (min, inverse) = (__m512::load(&ruler.min), __m512::load(&ruler.inverse));
+                // Larger weights have larger numbers, so that the ends speak for all.
+                let least = __m512::load(&known.lo).add(min).mul(inverse);
+                let most = __m512::load(&known.hi).add(min).mul(inverse);
+                reaches &= _mm512_cmp_ps_mask::<_CMP_GT_OQ>(least, _mm512_set1_ps(Self::LEAST))
+                    & _mm512_cmp_ps_mask::<_CMP_LT_OQ>(most, _mm512_set1_ps(Self::MOST));
+            }
+        }
+        reaches == u16::MAX
+    }
 }
 
 impl Nearest<__m512> for Table {
@@ -95,13 +152,21 @@ struct Limit {
     n_max: i32,
 }
 
+impl Limit {
+    /// For codes `0 ..= n_max`.
+    #[inline(always)]
+    fn to(n_max: f32) -> Self {
+        Self { n_max: n_max.to_bits() as i32 }
+    }
+}
+
 impl Nearest<__m512> for Limit {
     #[inline(always)]
     unsafe fn codes(self, numbers: __m512) -> __m512 {
         // SAFETY: the caller has the features.
         unsafe {
-            let rounded = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(numbers);
-            let bits = _mm512_min_epi32(_mm512_castps_si512(rounded), _mm512_set1_epi32(self.n_max));
+            let bits = _mm512_castps_si512(numbers.round());
+            let bits = _mm512_min_epi32(bits, _mm512_set1_epi32(self.n_max));
             _mm512_castsi512_ps(_mm512_max_epi32(bits, _mm512_setzero_si512()))
         }
     }
@@ -112,24 +177,22 @@ impl Nearest<__m256> for Limit {
     unsafe fn codes(self, numbers: __m256) -> __m256 {
         // SAFETY: the caller has the features.
         unsafe {
-            let rounded = _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(numbers);
-            let bits = _mm256_min_epi32(_mm256_castps_si256(rounded), _mm256_set1_epi32(self.n_max));
+            let bits = _mm256_castps_si256(numbers.round());
+            let bits = _mm256_min_epi32(bits, _mm256_set1_epi32(self.n_max));
             _mm256_castsi256_ps(_mm256_max_epi32(bits, _mm256_setzero_si256()))
         }
     }
 }
 
-/// The passes over a sub-block for codes `0 ..= n_max`. That there are any says that `L` is 8 or 16, which are for
+/// The passes over a sub-block. That there are any says that `L` is 8 or 16, which are for
 /// `isa::avx2` and `isa::avx512` alone, and that these features are there.
-pub struct Passes<const L: usize> {
-    n_max: f32,
-}
+pub struct Passes<const L: usize>(());
 
 impl<const L: usize> Passes<L> {
     /// The passes, if as many lanes go together as a vector has.
     #[inline(always)]
-    pub fn of(n_max: f32) -> Option<Self> {
-        if L == 8 || L == 16 { Some(Self { n_max }) } else { None }
+    pub fn get() -> Option<Self> {
+        if L == 8 || L == 16 { Some(Self(())) } else { None }
     }
 
     /// `Sub::affine_sums`.
@@ -140,15 +203,16 @@ impl<const L: usize> Passes<L> {
         known: &Known<L>,
         rulers: &[Ruler<L>; C],
         shifted: Option<&[Lanes<L>; N]>,
+        n_max: f32,
     ) -> [Sums<L>; C] {
         // SAFETY: there are passes, hence the features for so many lanes.
         unsafe {
             if L == 8 {
-                sums::<__m256, N, C, L>(sub, rulers, shifted, self.limit())
-            } else if self.table_reaches(known, rulers) {
-                sums::<__m512, N, C, L>(sub, rulers, shifted, self.table())
+                sums::<__m256, N, C, L>(sub, rulers, shifted, Limit::to(n_max))
+            } else if Table::reaches(known, rulers, n_max) {
+                sums::<__m512, N, C, L>(sub, rulers, shifted, Table::to(n_max))
             } else {
-                sums::<__m512, N, C, L>(sub, rulers, shifted, self.limit())
+                sums::<__m512, N, C, L>(sub, rulers, shifted, Limit::to(n_max))
             }
         }
     }
@@ -161,55 +225,53 @@ impl<const L: usize> Passes<L> {
         known: &Known<L>,
         fits: &[Fit<L>; C],
         rulers: &[Ruler<L>; C],
+        n_max: f32,
     ) -> [Lanes<L>; C] {
         // SAFETY: as above.
         unsafe {
             if L == 8 {
-                errors::<__m256, N, C, L>(sub, fits, rulers, self.limit())
-            } else if self.table_reaches(known, rulers) {
-                errors::<__m512, N, C, L>(sub, fits, rulers, self.table())
+                errors::<__m256, N, C, L>(sub, fits, rulers, Limit::to(n_max))
+            } else if Table::reaches(known, rulers, n_max) {
+                errors::<__m512, N, C, L>(sub, fits, rulers, Table::to(n_max))
             } else {
-                errors::<__m512, N, C, L>(sub, fits, rulers, self.limit())
+                errors::<__m512, N, C, L>(sub, fits, rulers, Limit::to(n_max))
             }
         }
     }
 
-    /// Whether the table has the codes of all weights with each of these rulers.
+    /// `Sub::signed_sums` for a grid of integers.
     #[inline(always)]
-    unsafe fn table_reaches<const C: usize>(&self, known: &Known<L>, rulers: &[Ruler<L>; C]) -> bool {
-        if self.n_max > Table::N_MAX {
-            return false;
-        }
-        let mut reaches = u16::MAX;
-        // SAFETY: the caller has the features of AVX-512 and `L` is 16.
+    pub fn signed_sums<G: Grid, const N: usize, const C: usize>(
+        &self,
+        sub: &Sub<N, L>,
+        inverses: &[Lanes<L>; C],
+    ) -> [SignedSums<L>; C] {
+        // SAFETY: as above.
         unsafe {
-            // Not to stop at the first that it does not reach keeps the loop free of branches.
-            for ruler in rulers {
-                let (min, inverse) = (__m512::load(&ruler.min), __m512::load(&ruler.inverse));
-                // Larger weights have larger numbers, so that the ends speak for all.
-                let least = __m512::load(&known.lo).add(min).mul(inverse);
-                let most = __m512::load(&known.hi).add(min).mul(inverse);
-                reaches &= _mm512_cmp_ps_mask::<_CMP_GT_OQ>(least, _mm512_set1_ps(Table::LEAST))
-                    & _mm512_cmp_ps_mask::<_CMP_LT_OQ>(most, _mm512_set1_ps(Table::MOST));
+            if L == 8 {
+                signed_sums::<__m256, G, N, C, L>(sub, inverses)
+            } else {
+                signed_sums::<__m512, G, N, C, L>(sub, inverses)
             }
         }
-        reaches == u16::MAX
     }
 
+    /// `Sub::signed_errors` for a grid of integers.
     #[inline(always)]
-    unsafe fn table(&self) -> Table {
-        let (mut low, mut high) = ([0.0; L], [0.0; L]);
-        for i in 0..L {
-            low[i] = limit(i as f32, 0.0, self.n_max);
-            high[i] = if i < 8 { self.n_max } else { 0.0 };
+    pub fn signed_errors<G: Grid, const N: usize, const C: usize>(
+        &self,
+        sub: &Sub<N, L>,
+        scales: &[Lanes<L>; C],
+        inverses: &[Lanes<L>; C],
+    ) -> [Lanes<L>; C] {
+        // SAFETY: as above.
+        unsafe {
+            if L == 8 {
+                signed_errors::<__m256, G, N, C, L>(sub, scales, inverses)
+            } else {
+                signed_errors::<__m512, G, N, C, L>(sub, scales, inverses)
+            }
         }
-        // SAFETY: the caller has the features and `L` is 16.
-        unsafe { Table { low: __m512::load(&low), high: __m512::load(&high) } }
-    }
-
-    #[inline(always)]
-    fn limit(&self) -> Limit {
-        Limit { n_max: self.n_max.to_bits() as i32 }
     }
 }
 
@@ -264,6 +326,57 @@ unsafe fn errors<V: Vector, const N: usize, const C: usize, const L: usize>(
                 let y = x.add(V::load(&rulers[c].min));
                 let q = nearest.codes(y.mul(V::load(&rulers[c].inverse)));
                 let e = y.sub(V::load(&fits[c].scale).mul(q));
+                sums[c] = sums[c].add(w.mul(e.mul(e)));
+            }
+        }
+        for c in 0..C {
+            sums[c].store(&mut errors[c]);
+        }
+    }
+    errors
+}
+
+#[inline(always)]
+unsafe fn signed_sums<V: Vector, G: Grid, const N: usize, const C: usize, const L: usize>(
+    sub: &Sub<N, L>,
+    inverses: &[Lanes<L>; C],
+) -> [SignedSums<L>; C] {
+    let mut sums = [SignedSums::ZERO; C];
+    // SAFETY: the caller has the features of the vectors, which have `L` lanes.
+    unsafe {
+        let (mut wgx, mut wgg) = ([V::ZERO; C], [V::ZERO; C]);
+        for i in 0..N {
+            let (x, w) = (V::load(&sub.x[i]), V::load(&sub.w[i]));
+            for c in 0..C {
+                let g = x.mul(V::load(&inverses[c])).round().limit(G::LOW, G::HIGH);
+                let product = w.mul(g);
+                wgx[c] = wgx[c].add(product.mul(x));
+                wgg[c] = wgg[c].add(product.mul(g));
+            }
+        }
+        for c in 0..C {
+            wgx[c].store(&mut sums[c].wgx);
+            wgg[c].store(&mut sums[c].wgg);
+        }
+    }
+    sums
+}
+
+#[inline(always)]
+unsafe fn signed_errors<V: Vector, G: Grid, const N: usize, const C: usize, const L: usize>(
+    sub: &Sub<N, L>,
+    scales: &[Lanes<L>; C],
+    inverses: &[Lanes<L>; C],
+) -> [Lanes<L>; C] {
+    let mut errors = [[0.0; L]; C];
+    // SAFETY: the caller has the features of the vectors, which have `L` lanes.
+    unsafe {
+        let mut sums = [V::ZERO; C];
+        for i in 0..N {
+            let (x, w) = (V::load(&sub.x[i]), V::load(&sub.w[i]));
+            for c in 0..C {
+                let g = x.mul(V::load(&inverses[c])).round().limit(G::LOW, G::HIGH);
+                let e = x.sub(V::load(&scales[c]).mul(g));
                 sums[c] = sums[c].add(w.mul(e.mul(e)));
             }
         }
