@@ -67,7 +67,7 @@ impl Isa {
     }
 }
 
-/// Lanes of [`Isa::Baseline`]; on x86-64, 8 and 16 say that there is more than that.
+/// Lanes of [`Isa::Baseline`]; on x86-64, where the number says what there is, SSE2's.
 const BASELINE: usize = if cfg!(target_arch = "x86_64") { 4 } else { 8 };
 
 #[cfg(target_arch = "x86_64")]

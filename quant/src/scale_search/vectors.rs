@@ -1,12 +1,12 @@
-//! What plain loops over lanes cannot say, in instructions of AVX2 and AVX-512: candidates go together, and the nearest code
-//! is found without the pipes that add floats.
+//! What plain loops over lanes cannot say, in instructions of SSE2, AVX2 and AVX-512: candidates go together, and from AVX2 on
+//! codes are limited without the pipes that add floats.
 
 use std::arch::x86_64::*;
 
 use super::affine::{Fit, Known, Ruler, Sums};
 use super::grid::Grid;
 use super::signed::SignedSums;
-use super::{Lanes, Sub, limit};
+use super::{Lanes, MAGIC, Sub, limit};
 
 /// As many floats as an instruction set takes at once.
 trait Vector: Copy {
@@ -69,10 +69,19 @@ macro_rules! vector {
     };
 }
 
+vector!(__m128 of 4, _mm_loadu_ps _mm_storeu_ps _mm_add_ps _mm_sub_ps _mm_mul_ps round_of_sse2
+    _mm_set1_ps _mm_min_ps _mm_max_ps);
 vector!(__m256 of 8, _mm256_loadu_ps _mm256_storeu_ps _mm256_add_ps _mm256_sub_ps _mm256_mul_ps _mm256_round_ps
     _mm256_set1_ps _mm256_min_ps _mm256_max_ps);
 vector!(__m512 of 16, _mm512_loadu_ps _mm512_storeu_ps _mm512_add_ps _mm512_sub_ps _mm512_mul_ps _mm512_roundscale_ps
     _mm512_set1_ps _mm512_min_ps _mm512_max_ps);
+
+/// [`super::round`]; there is no instruction for it, and no other mode.
+#[inline(always)]
+unsafe fn round_of_sse2<const MODE: i32>(x: __m128) -> __m128 {
+    // SAFETY: SSE2 is part of x86-64.
+    unsafe { _mm_sub_ps(_mm_add_ps(x, _mm_set1_ps(MAGIC)), _mm_set1_ps(MAGIC)) }
+}
 
 /// A way to the nearest codes, ties to even.
 trait Nearest<V>: Copy {
@@ -160,6 +169,15 @@ impl Limit {
     }
 }
 
+impl Nearest<__m128> for Limit {
+    /// As floats: SSE2 has no minimum of integers.
+    #[inline(always)]
+    unsafe fn codes(self, numbers: __m128) -> __m128 {
+        // SAFETY: the caller has the features.
+        unsafe { numbers.round().limit(0.0, f32::from_bits(self.n_max as u32)) }
+    }
+}
+
 impl Nearest<__m512> for Limit {
     #[inline(always)]
     unsafe fn codes(self, numbers: __m512) -> __m512 {
@@ -184,15 +202,15 @@ impl Nearest<__m256> for Limit {
     }
 }
 
-/// The passes over a sub-block. That there are any says that `L` is 8 or 16, which are for
-/// `isa::avx2` and `isa::avx512` alone, and that these features are there.
+/// The passes over a sub-block. That there are any says that `L` is 4, 8 or 16, of which the latter are for `isa::avx2` and
+/// `isa::avx512` alone, and so that the features are there.
 pub struct Passes<const L: usize>(());
 
 impl<const L: usize> Passes<L> {
     /// The passes, if as many lanes go together as a vector has.
     #[inline(always)]
     pub fn get() -> Option<Self> {
-        if L == 8 || L == 16 { Some(Self(())) } else { None }
+        matches!(L, 4 | 8 | 16).then_some(Self(()))
     }
 
     /// `Sub::affine_sums`.
@@ -207,7 +225,9 @@ impl<const L: usize> Passes<L> {
     ) -> [Sums<L>; C] {
         // SAFETY: there are passes, hence the features for so many lanes.
         unsafe {
-            if L == 8 {
+            if L == 4 {
+                sums::<__m128, N, C, L>(sub, rulers, shifted, Limit::to(n_max))
+            } else if L == 8 {
                 sums::<__m256, N, C, L>(sub, rulers, shifted, Limit::to(n_max))
             } else if Table::reaches(known, rulers, n_max) {
                 sums::<__m512, N, C, L>(sub, rulers, shifted, Table::to(n_max))
@@ -229,7 +249,9 @@ impl<const L: usize> Passes<L> {
     ) -> [Lanes<L>; C] {
         // SAFETY: as above.
         unsafe {
-            if L == 8 {
+            if L == 4 {
+                errors::<__m128, N, C, L>(sub, fits, rulers, Limit::to(n_max))
+            } else if L == 8 {
                 errors::<__m256, N, C, L>(sub, fits, rulers, Limit::to(n_max))
             } else if Table::reaches(known, rulers, n_max) {
                 errors::<__m512, N, C, L>(sub, fits, rulers, Table::to(n_max))
@@ -248,7 +270,9 @@ impl<const L: usize> Passes<L> {
     ) -> [SignedSums<L>; C] {
         // SAFETY: as above.
         unsafe {
-            if L == 8 {
+            if L == 4 {
+                signed_sums::<__m128, G, N, C, L>(sub, inverses)
+            } else if L == 8 {
                 signed_sums::<__m256, G, N, C, L>(sub, inverses)
             } else {
                 signed_sums::<__m512, G, N, C, L>(sub, inverses)
@@ -266,7 +290,9 @@ impl<const L: usize> Passes<L> {
     ) -> [Lanes<L>; C] {
         // SAFETY: as above.
         unsafe {
-            if L == 8 {
+            if L == 4 {
+                signed_errors::<__m128, G, N, C, L>(sub, scales, inverses)
+            } else if L == 8 {
                 signed_errors::<__m256, G, N, C, L>(sub, scales, inverses)
             } else {
                 signed_errors::<__m512, G, N, C, L>(sub, scales, inverses)
