@@ -1,14 +1,14 @@
 //! Many tokens: tiles of 4 rows by 16 tokens, or 2 by 16, or 4 by 8.
 //!
 //! Where there is no dot product of bytes to i32, there are two instructions to build it from: one multiplies bytes and sums
-//! two products in i16 ([`Bytes`]), which is exact for small codes and for those of 6 bits still, the other does so with half
-//! as many words in i32 ([`Words`]). A tile is the same loop with either, over [`STEP`] bytes of each row and token.
+//! two products in i16 ([`Bytes`], [`Signs`]), which is exact for small codes and for those of 6 bits still, the other does so
+//! with half as many words in i32 ([`Words`]). A tile is the same loop with any, over [`STEP`] bytes of each row and token.
 
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for the instruction set and for `Matmul`'s contract alone
 
 use super::Avx2;
 use crate::kernels::acts::Group;
-use crate::kernels::matmul::{Job, Scratch};
+use crate::kernels::matmul::{Job, PANEL_ROWS, Scratch, panel_rows};
 use crate::kernels::memory::LANES;
 use crate::kernels::x86::panel::{
     Format, HALF, InLarge, InSmall, Panel, Rows, STRIDE, SUBS, Sweep, WORD_STRIDE, product, sums_of,
@@ -22,6 +22,9 @@ use std::ops::Range;
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn small<F: Small>(job: &Job<'_>, scratch: &mut Scratch) {
     match InSmall::<F>::BITS {
+        8 if panel_rows(job.acts.n_tokens()) < PANEL_ROWS => {
+            product::<InSmall<F>, Tiles<Signs>>(job, scratch)
+        }
         8 => product::<InSmall<F>, Tiles<Words>>(job, scratch),
         _ => product::<InSmall<F>, Tiles<Bytes>>(job, scratch),
     }
@@ -30,6 +33,9 @@ pub(super) unsafe fn small<F: Small>(job: &Job<'_>, scratch: &mut Scratch) {
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn large<F: Large>(job: &Job<'_>, scratch: &mut Scratch) {
     match F::BITS {
+        8 if panel_rows(job.acts.n_tokens()) < PANEL_ROWS => {
+            product::<InLarge<F>, Tiles<Signs>>(job, scratch)
+        }
         8 => product::<InLarge<F>, Tiles<Words>>(job, scratch),
         _ => product::<InLarge<F>, Tiles<Bytes>>(job, scratch),
     }
@@ -101,6 +107,38 @@ impl Multiply for Bytes {
     #[inline(always)]
     unsafe fn widened(sums: __m256i) -> __m256i {
         _mm256_madd_epi16(sums, _mm256_set1_epi16(1))
+    }
+}
+
+/// vpmaddubsw by magnitude and sign: codes are signed, and no two products fit i16. For low panels, of which making words would
+/// take as long as a tenth of their products and more.
+struct Signs;
+
+impl Multiply for Signs {
+    const COLS: usize = STEP;
+    fn taken_off(bias: u8) -> u8 {
+        bias
+    }
+    fn steps<F: Format>() -> usize {
+        1
+    }
+    #[inline(always)]
+    unsafe fn prepare(_: &Panel, _: usize, _: usize) {}
+    #[inline(always)]
+    unsafe fn operands<const H: usize>(panel: &Panel, x: *const i8, n: usize) -> Operands {
+        Bytes::operands::<H>(panel, x, n)
+    }
+    #[inline(always)]
+    unsafe fn products(codes: __m256i, x: __m256i) -> __m256i {
+        _mm256_maddubs_epi16(_mm256_abs_epi8(codes), _mm256_sign_epi8(x, codes)) // at most 2·128·127
+    }
+    #[inline(always)]
+    unsafe fn add(a: __m256i, b: __m256i) -> __m256i {
+        Bytes::add(a, b)
+    }
+    #[inline(always)]
+    unsafe fn widened(sums: __m256i) -> __m256i {
+        Bytes::widened(sums)
     }
 }
 
@@ -297,11 +335,11 @@ unsafe fn dots<F: Format, M: Multiply, const R: usize, const H: usize>(
     }
     for step in (sub * all..(sub + 1) * all).step_by(steps) {
         let mut end = step + steps;
-        if R == 4 && steps == all {
+        if R * H == 8 && steps == all {
             // Were the number known, the compiler would take row after row, and put the activations on the stack.
             end = black_box(end);
         }
-        let some = run::<M, R, H>(&tile.operands, step..end);
+        let some = run::<F, M, R, H>(&tile.operands, step..end);
         for i in 0..R {
             for h in 0..H {
                 dots[i][h] = _mm256_add_epi32(dots[i][h], M::widened(some[i][h]));
@@ -313,14 +351,15 @@ unsafe fn dots<F: Format, M: Multiply, const R: usize, const H: usize>(
 
 /// Sums of the products of `n` steps from `first` on.
 #[inline(always)]
-unsafe fn run<M: Multiply, const R: usize, const H: usize>(
+unsafe fn run<F: Format, M: Multiply, const R: usize, const H: usize>(
     operands: &Operands,
     steps: Range<usize>,
 ) -> [[__m256i; H]; R] {
     let Operands { codes, stride, x } = *operands;
     let mut sums = [[_mm256_setzero_si256(); H]; R];
-    for step in steps.step_by(2) {
-        for step in [step, step + 1] {
+    let together = if M::steps::<F>() == 1 { 1 } else { 2 };
+    for step in steps.step_by(together) {
+        for step in step..step + together {
             let x = each!([_mm256_setzero_si256(); H], h => _mm256_loadu_si256(
                 x.add((step * LANES + 8 * h) * STEP).cast()
             ));
