@@ -386,8 +386,8 @@ fn extreme_codes(isa: Isa) {
             let mut floats = vec![0.0; rows * cols];
             codec(ty).dequantize(&bytes, &mut floats);
             let m = MatrixRef::new(ty, rows, cols, &bytes).unwrap();
-            let mut c = Compute::new(isa, 1, 17);
-            for tokens in [1, 8, 16, 17] {
+            let mut c = Compute::new(isa, 1, 49);
+            for tokens in [1, 8, 16, 17, 49] {
                 let kind = ActKind::for_weights(ty, false);
                 let x: Vec<f32> = (0..tokens * cols)
                     .map(|i| if fill.is_some() || i % 3 == 0 { 1.0 } else { -1.0 })
@@ -733,14 +733,14 @@ fn mixer_in_chunks(isa: Isa) {
 
 /// Products from weights that end where their memory ends: reading on would touch the next page.
 fn exact_sizes(isa: Isa) {
-    let mut c = Compute::new(isa, 1, 17);
+    let mut c = Compute::new(isa, 1, 49);
     for ty in GgmlType::all() {
         let cols = ty.block_len().max(16) * 3;
         let (bytes, floats) = weights(ty, 19, cols, 11);
         // A boxed slice has no spare capacity; tools that watch the heap (valgrind, sanitizers) see any read beyond.
         let exact: Box<[u8]> = bytes.into_boxed_slice();
         let m = MatrixRef::new(ty, 19, cols, &exact).unwrap();
-        for tokens in [1, 8, 16, 17] {
+        for tokens in [1, 8, 16, 17, 49] {
             let acts = acts(&mut c, tokens, cols, ActKind::for_weights(ty, false), 1);
             check_product(&mut c, &m, &floats, &acts, &format!("{} {ty}", isa.name()));
         }
