@@ -1,7 +1,8 @@
 //! The instruction sets that the codecs are compiled for, and the choice between them at run time.
 //!
 //! There is one source, plain loops over arrays of lanes; compiled with the features of a set, each operation on a lane
-//! array becomes one vector instruction. Rust neither fuses nor reorders float operations, so that every set gives the
+//! array becomes one vector instruction. What loops cannot say is in `scale_search::vectors`, for which the number of lanes
+//! names the set. Rust neither fuses nor reorders float operations, so that every set gives the
 //! same bits.
 
 /// An instruction set that the codecs are compiled for.

@@ -202,6 +202,26 @@ impl Nearest<__m256> for Limit {
     }
 }
 
+/// What `$call` is with the vectors `$v` that have `$lanes` lanes.
+macro_rules! by_lanes {
+    ($lanes:expr, $v:ident => $call:expr) => {
+        match $lanes {
+            4 => {
+                type $v = __m128;
+                $call
+            }
+            8 => {
+                type $v = __m256;
+                $call
+            }
+            _ => {
+                type $v = __m512;
+                $call
+            }
+        }
+    };
+}
+
 /// The passes over a sub-block. That there are any says that `L` is 4, 8 or 16, of which the latter are for `isa::avx2` and
 /// `isa::avx512` alone, and so that the features are there.
 pub struct Passes<const L: usize>(());
@@ -225,15 +245,10 @@ impl<const L: usize> Passes<L> {
     ) -> [Sums<L>; C] {
         // SAFETY: there are passes, hence the features for so many lanes.
         unsafe {
-            if L == 4 {
-                sums::<__m128, N, C, L>(sub, rulers, shifted, Limit::to(n_max))
-            } else if L == 8 {
-                sums::<__m256, N, C, L>(sub, rulers, shifted, Limit::to(n_max))
-            } else if Table::reaches(known, rulers, n_max) {
-                sums::<__m512, N, C, L>(sub, rulers, shifted, Table::to(n_max))
-            } else {
-                sums::<__m512, N, C, L>(sub, rulers, shifted, Limit::to(n_max))
+            if L == 16 && Table::reaches(known, rulers, n_max) {
+                return sums::<__m512, N, C, L>(sub, rulers, shifted, Table::to(n_max));
             }
+            by_lanes!(L, V => sums::<V, N, C, L>(sub, rulers, shifted, Limit::to(n_max)))
         }
     }
 
@@ -249,15 +264,10 @@ impl<const L: usize> Passes<L> {
     ) -> [Lanes<L>; C] {
         // SAFETY: as above.
         unsafe {
-            if L == 4 {
-                errors::<__m128, N, C, L>(sub, fits, rulers, Limit::to(n_max))
-            } else if L == 8 {
-                errors::<__m256, N, C, L>(sub, fits, rulers, Limit::to(n_max))
-            } else if Table::reaches(known, rulers, n_max) {
-                errors::<__m512, N, C, L>(sub, fits, rulers, Table::to(n_max))
-            } else {
-                errors::<__m512, N, C, L>(sub, fits, rulers, Limit::to(n_max))
+            if L == 16 && Table::reaches(known, rulers, n_max) {
+                return errors::<__m512, N, C, L>(sub, fits, rulers, Table::to(n_max));
             }
+            by_lanes!(L, V => errors::<V, N, C, L>(sub, fits, rulers, Limit::to(n_max)))
         }
     }
 
@@ -269,15 +279,7 @@ impl<const L: usize> Passes<L> {
         inverses: &[Lanes<L>; C],
     ) -> [SignedSums<L>; C] {
         // SAFETY: as above.
-        unsafe {
-            if L == 4 {
-                signed_sums::<__m128, G, N, C, L>(sub, inverses)
-            } else if L == 8 {
-                signed_sums::<__m256, G, N, C, L>(sub, inverses)
-            } else {
-                signed_sums::<__m512, G, N, C, L>(sub, inverses)
-            }
-        }
+        unsafe { by_lanes!(L, V => signed_sums::<V, G, N, C, L>(sub, inverses)) }
     }
 
     /// `Sub::signed_errors` for a grid of integers.
@@ -289,15 +291,7 @@ impl<const L: usize> Passes<L> {
         inverses: &[Lanes<L>; C],
     ) -> [Lanes<L>; C] {
         // SAFETY: as above.
-        unsafe {
-            if L == 4 {
-                signed_errors::<__m128, G, N, C, L>(sub, scales, inverses)
-            } else if L == 8 {
-                signed_errors::<__m256, G, N, C, L>(sub, scales, inverses)
-            } else {
-                signed_errors::<__m512, G, N, C, L>(sub, scales, inverses)
-            }
-        }
+        unsafe { by_lanes!(L, V => signed_errors::<V, G, N, C, L>(sub, scales, inverses)) }
     }
 }
 
