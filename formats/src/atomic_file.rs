@@ -37,7 +37,17 @@ pub struct AtomicFile {
     target: PathBuf,
     force: bool,
     published: bool,
+    growth: Option<Growth>,
     journal: Option<Journal>,
+}
+
+/// Of an output that grows as [`part_of`] its name.
+#[derive(Debug)]
+struct Growth {
+    /// Bytes of the output; what only its runs need lies behind them.
+    file_bytes: u64,
+    /// Whether there is something to go on from.
+    begun: AtomicBool,
 }
 
 /// What tells one interrupted run from another.
@@ -53,12 +63,8 @@ pub struct Run {
 struct Journal {
     /// Where the hashes begin.
     hashes_at: u64,
-    /// Bytes of the output, which the journal lies behind.
-    file_bytes: u64,
     /// What earlier runs recorded.
     known: Vec<u64>,
-    /// Whether there is something to go on from.
-    begun: AtomicBool,
 }
 
 impl AtomicFile {
@@ -70,7 +76,7 @@ impl AtomicFile {
         let target = check_target(target, force)?;
         let create = |temp: &Path| File::options().read(true).write(true).create_new(true).open(temp);
         let (file, temp) = create_temp(&target, create)?;
-        let out = Self { file, temp, target, force, published: false, journal: None };
+        let out = Self { file, temp, target, force, published: false, growth: None, journal: None };
         out.reserve(file_bytes)?;
         Ok(out)
     }
@@ -87,44 +93,66 @@ impl AtomicFile {
         (force, resume): (bool, bool),
     ) -> Result<Self> {
         let real = check_target(target, force)?;
-        let part = part_of(&real);
         let head = [JOURNAL_MAGIC.as_slice(), &run.fingerprint].concat();
         let hashes_at = file_bytes.saturating_add(head.len() as u64);
         let all_bytes = hashes_at.saturating_add(8 * run.n_parts as u64);
-        let journal = |known: Vec<u64>| Journal {
-            hashes_at,
-            file_bytes,
-            begun: AtomicBool::new(known.iter().any(|&hash| hash != 0)),
-            known,
-        };
-        match std::fs::symlink_metadata(&part) {
-            Err(e) if e.kind() == IoKind::NotFound => {}
+        let mut known = Vec::new();
+        let sizes = (file_bytes, all_bytes);
+        let mut out = Self::growing(&real, sizes, (force, resume), &mut |out, found| {
+            if !found {
+                return out.write_at(file_bytes, &head).map(|()| false);
+            }
+            known = read_journal(&out.file, &out.temp, &head, sizes)?;
+            Ok(known.iter().any(|&hash| hash != 0))
+        })?;
+        out.journal = Some(Journal { hashes_at, known });
+        Ok(out)
+    }
+
+    /// Opens what an interrupted run left at [`part_of`] `target`, a path that was checked, or creates it: the bytes of the
+    /// output, and with those that only its runs need. `prepare` learns whether something was found, and says whether there
+    /// is something to go on from; it refuses what is of another run, or fills a new file before that gets its name, so that
+    /// whatever has this name can be told from other files.
+    pub(crate) fn growing(
+        target: &Path,
+        (file_bytes, all_bytes): (u64, u64),
+        (force, resume): (bool, bool),
+        prepare: &mut dyn FnMut(&Self, bool) -> Result<bool>,
+    ) -> Result<Self> {
+        let part = part_of(target);
+        let found = match std::fs::symlink_metadata(&part) {
+            Err(e) if e.kind() == IoKind::NotFound => false,
             Err(e) => return Err(Error::io(&part, "looking at the interrupted run", e)),
             Ok(_) if !resume => return Err(interrupted_run(&part)),
             Ok(found) if !found.is_file() => {
                 return Err(Error::new(ErrorKind::NotRegularFile).file(&part).what("interrupted run"));
             }
-            Ok(_) => {
-                let file = File::options().read(true).write(true).open(&part);
-                let file = file.map_err(|e| Error::io(&part, "opening the interrupted run", e))?;
-                lock(&file, &part)?;
-                let known = read_journal(&file, &part, &head, (file_bytes, all_bytes))?;
-                let journal = Some(journal(known));
-                return Ok(Self { file, temp: part, target: real, force, published: false, journal });
-            }
+            Ok(_) => true,
+        };
+        if found {
+            let file = File::options().read(true).write(true).open(&part);
+            let file = file.map_err(|e| Error::io(&part, "opening the interrupted run", e))?;
+            lock(&file, &part)?;
+            // Until it is known to be this run's, it stays whatever happens.
+            let growth = Some(Growth { file_bytes, begun: AtomicBool::new(true) });
+            let target = target.to_owned();
+            let out = Self { file, temp: part, target, force, published: false, growth, journal: None };
+            out.set_begun(prepare(&out, true)?);
+            return Ok(out);
         }
         let mut out = Self::create(target, all_bytes, force)?;
-        let io = |e| Error::io(&part, "creating the output", e);
-        out.file.set_len(all_bytes).map_err(io)?; // where space cannot be reserved
-        out.write_at(file_bytes, &head)?;
-        // It gets its name with its journal, so that whatever has this name can be told from other files.
+        // Where space cannot be reserved.
+        out.file.set_len(all_bytes).map_err(|e| out.io("creating the output", e))?;
+        let begun = prepare(&out, false)?;
         lock(&out.file, &out.temp)?;
         rename_new(&out.temp, &part).map_err(|e| match e.kind() {
             IoKind::AlreadyExists => interrupted_run(&part),
-            _ => io(e),
+            _ => Error::io(&part, "creating the output", e),
         })?;
         out.temp = part;
-        out.journal = Some(journal(Vec::new()));
+        // The run that had this name until now has made the output, if it came to its end since the output was looked for.
+        check_target(target, force)?;
+        out.growth = Some(Growth { file_bytes, begun: AtomicBool::new(begun) });
         Ok(out)
     }
 
@@ -136,27 +164,31 @@ impl AtomicFile {
     /// Says that a part of the output is written and has this hash. Does nothing for a file that no run goes on from.
     pub fn record(&self, part: usize, hash: u64) -> Result<()> {
         let Some(journal) = &self.journal else { return Ok(()) };
-        journal.begun.store(true, Ordering::Relaxed);
+        self.set_begun(true);
         self.write_at(journal.hashes_at + 8 * part as u64, &hash.to_le_bytes())
     }
 
     /// What another run can go on from, if this one ends now.
     pub fn part(&self) -> Option<&Path> {
-        let journal = self.journal.as_ref()?;
-        journal.begun.load(Ordering::Relaxed).then_some(&*self.temp)
+        let growth = self.growth.as_ref()?;
+        growth.begun.load(Ordering::Relaxed).then_some(&*self.temp)
     }
 
     /// Nobody will go on from it: what is there goes away unless it is committed.
     pub fn abandon(&self) {
-        if let Some(journal) = &self.journal {
-            journal.begun.store(false, Ordering::Relaxed);
+        self.set_begun(false);
+    }
+
+    fn set_begun(&self, begun: bool) {
+        if let Some(growth) = &self.growth {
+            growth.begun.store(begun, Ordering::Relaxed);
         }
     }
 
     /// Bytes of the file under its temporary name that are not the output's.
     pub fn journal_bytes(&self) -> u64 {
-        let Some(journal) = &self.journal else { return 0 };
-        self.file.metadata().map_or(0, |meta| meta.len().saturating_sub(journal.file_bytes))
+        let Some(growth) = &self.growth else { return 0 };
+        self.file.metadata().map_or(0, |meta| meta.len().saturating_sub(growth.file_bytes))
     }
 
     /// Writes all of `bytes` at `offset`; callable from many threads at once.
@@ -179,6 +211,11 @@ impl AtomicFile {
         self.file.read_exact_at(buf, offset).map_err(|e| self.io("reading the output back", e).at(offset))
     }
 
+    /// Where it is until the output appears.
+    pub(crate) fn path(&self) -> &Path {
+        &self.temp
+    }
+
     /// Where the output will appear.
     pub fn target(&self) -> &Path {
         &self.target
@@ -189,11 +226,11 @@ impl AtomicFile {
     pub fn commit(mut self, check: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
         self.file.sync_all().map_err(|e| self.io("forcing the output to disk", e))?;
         check(&self.temp)?;
-        if let Some(journal) = &self.journal {
+        if let Some(growth) = &self.growth {
             // Without its journal no run goes on from it, so whatever keeps it from its name should show before.
             check_target(&self.target, self.force)?;
-            let cut = self.file.set_len(journal.file_bytes).and_then(|()| self.file.sync_all());
-            cut.map_err(|e| self.io("cutting off the journal", e))?;
+            let cut = self.file.set_len(growth.file_bytes).and_then(|()| self.file.sync_all());
+            cut.map_err(|e| self.io("cutting off what only its runs needed", e))?;
         }
         self.publish()?;
         self.published = true;
@@ -535,6 +572,24 @@ mod tests {
         let again = AtomicFile::resumable(&out, 4, &RUN, (true, true)).unwrap();
         assert_eq!(again.recorded(0), Some(1));
         assert_eq!(std::fs::read(&out).unwrap(), b"old");
+    }
+
+    /// Of two runs one may come to its end between the other's look at the output and its claim to the part.
+    #[test]
+    fn a_part_that_comes_too_late_is_no_part() {
+        let dir = Folder::new("too-late");
+        let out = dir.0.join("a.gguf");
+        let late = |force| {
+            AtomicFile::growing(&out, (4, 4), (force, false), &mut |_, _| {
+                std::fs::write(&out, b"done").unwrap();
+                Ok(true)
+            })
+        };
+        assert_eq!(late(false).err().map(|e| e.kind()), Some(ErrorKind::OutputExists));
+        assert_eq!(dir.names(), ["a.gguf"]);
+        late(true).unwrap().commit(|_| Ok(())).unwrap();
+        assert_eq!(dir.names(), ["a.gguf"]);
+        assert_eq!(std::fs::read(&out).unwrap(), [0; 4]);
     }
 
     #[test]

@@ -12,16 +12,11 @@
 //! The embedding has no inputs, hence no products. While it grows the file is called `OUT.part`, and what a run needs only
 //! for itself lies behind its end.
 
-use crate::atomic_file::{
-    check_target, interrupted_run, other_run, output_exists, part_of, rename_new, sync_folder,
-};
+use crate::atomic_file::{AtomicFile, check_target, other_run};
 use crate::gguf::{Gguf, TensorDecl, Value, layout};
 use crate::map::{Map, f32s};
 use crate::{Error, ErrorKind, GgmlType, Result};
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::ErrorKind as IoKind;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 const TYPE: &str = "general.type";
@@ -195,10 +190,7 @@ impl Calibration {
 
 /// A calibration file that grows under the name `OUT.part`.
 pub struct CalibrationWriter {
-    file: File,
-    part: PathBuf,
-    target: PathBuf,
-    force: bool,
+    file: AtomicFile,
     /// Where each tensor begins.
     offsets: BTreeMap<String, u64>,
     /// Bytes of the calibration.
@@ -208,8 +200,8 @@ pub struct CalibrationWriter {
 impl CalibrationWriter {
     /// Creates `OUT.part`, or goes on with what an interrupted run left there.
     ///
-    /// Errors: `OutputExists` if the target exists and `force` is false, or if there is a part and `resume` is false;
-    /// `Inconsistent` if the part is of another model, text or set of matrices; `Io`.
+    /// Errors: `OutputExists` if the target exists and `force` is false, if there is a part and `resume` is false, or if
+    /// another run is writing it; `Inconsistent` if the part is of another model, text or set of matrices; `Io`.
     pub fn open(
         target: &Path,
         source: &CalibrationSource,
@@ -217,40 +209,33 @@ impl CalibrationWriter {
         (force, resume): (bool, bool),
     ) -> Result<Self> {
         let target = check_target(target, force)?;
-        let part = part_of(&target);
         let tensors = declarations(source, matrices);
         let layout = layout(&pairs(source), &tensors)?;
         let offsets = tensors.iter().zip(&layout.tensors).map(|(t, (offset, _))| (t.name.clone(), *offset));
         let offsets = offsets.collect();
-        let io = |e| Error::io(&part, "creating the calibration", e);
-        let file = match File::options().read(true).write(true).create_new(true).open(&part) {
-            Ok(file) => {
-                file.set_len(layout.file_bytes).map_err(io)?;
-                file.write_all_at(&layout.header, 0).map_err(io)?;
-                file
-            }
-            Err(e) if e.kind() == IoKind::AlreadyExists && !resume => return Err(interrupted_run(&part)),
-            Err(e) if e.kind() == IoKind::AlreadyExists => {
-                let map = Map::open(&part)?;
-                let same = map.len() as u64 >= layout.file_bytes && map.starts_with(&layout.header);
-                if !same {
-                    return Err(other_run(&part, "one of the same weights, text and options"));
+        let file_bytes = layout.file_bytes;
+        let file =
+            AtomicFile::growing(&target, (file_bytes, file_bytes), (force, resume), &mut |file, found| {
+                if !found {
+                    return file.write_at(0, &layout.header).map(|()| true);
                 }
-                File::options().read(true).write(true).open(&part).map_err(io)?
-            }
-            Err(e) => return Err(io(e)),
-        };
-        Ok(Self { file, part, target, force, offsets, file_bytes: layout.file_bytes })
+                let map = Map::open(file.path())?;
+                match map.len() as u64 >= file_bytes && map.starts_with(&layout.header) {
+                    true => Ok(true),
+                    false => Err(other_run(file.path(), "one of the same weights, text and options")),
+                }
+            })?;
+        Ok(Self { file, offsets, file_bytes })
     }
 
     /// The file that grows.
     pub fn part(&self) -> &Path {
-        &self.part
+        self.file.path()
     }
 
     /// What was measured so far, as a file.
     pub fn so_far(&self) -> Result<Calibration> {
-        Calibration::open(&self.part)
+        Calibration::open(self.part())
     }
 
     /// Stores the mean products of `count` inputs. Errors: `NotFinite` if they are not, `Io`.
@@ -262,7 +247,7 @@ impl CalibrationWriter {
                 .hint("the weights are damaged; `kestrel verify` finds where"));
         }
         self.put(gguf_name, PRODUCTS, products)?;
-        self.file.sync_data().map_err(|e| Error::io(&self.part, "forcing the calibration to disk", e))?;
+        self.file.settle()?;
         self.put(gguf_name, COUNT, &[count])
     }
 
@@ -274,14 +259,12 @@ impl CalibrationWriter {
 
     /// Keeps `bytes` at `offset` behind the end, for this run: on disk rather than in memory.
     pub fn set_aside(&self, offset: u64, bytes: &[u8]) -> Result<()> {
-        let at = self.file_bytes.saturating_add(offset);
-        self.file.write_all_at(bytes, at).map_err(|e| Error::io(&self.part, "writing", e).at(at))
+        self.file.write_at(self.file_bytes.saturating_add(offset), bytes)
     }
 
     /// What was set aside at `offset`.
     pub fn read_aside(&self, offset: u64, bytes: &mut [u8]) -> Result<()> {
-        let at = self.file_bytes.saturating_add(offset);
-        self.file.read_exact_at(bytes, at).map_err(|e| Error::io(&self.part, "reading", e).at(at))
+        self.file.read_at(self.file_bytes.saturating_add(offset), bytes)
     }
 
     fn put(&self, gguf_name: &str, suffix: &str, numbers: &[f32]) -> Result<()> {
@@ -291,23 +274,14 @@ impl CalibrationWriter {
             );
         };
         let bytes: Vec<u8> = numbers.iter().flat_map(|x| x.to_le_bytes()).collect();
-        self.file.write_all_at(&bytes, offset).map_err(|e| Error::io(&self.part, "writing", e).at(offset))
+        self.file.write_at(offset, &bytes)
     }
 
     /// Gives the file its name.
     pub fn finish(self) -> Result<PathBuf> {
-        let io = |e| Error::io(&self.target, "giving the output its name", e);
-        let on_disk = self.file.set_len(self.file_bytes).and_then(|()| self.file.sync_all());
-        on_disk.map_err(|e| Error::io(&self.part, "forcing the calibration to disk", e))?;
-        match self.force {
-            true => std::fs::rename(&self.part, &self.target).map_err(io)?,
-            false => rename_new(&self.part, &self.target).map_err(|e| match e.kind() {
-                IoKind::AlreadyExists => output_exists(&self.target),
-                _ => io(e),
-            })?,
-        }
-        sync_folder(&self.target)?;
-        Ok(self.target)
+        let target = self.file.target().to_owned();
+        self.file.commit(|part| Calibration::open(part).map(drop))?;
+        Ok(target)
     }
 }
 
