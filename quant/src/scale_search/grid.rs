@@ -6,11 +6,26 @@ pub trait Grid {
     const LOW: f32;
     /// The largest number.
     const HIGH: f32;
-    /// Whether it has all integers between these and nothing else.
+    /// How vectors come to the nearest number, unless it has all integers between these and nothing else.
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // for instructions of x86
-    const ARE_INTEGERS: bool;
+    const BINS: Option<&Bins>;
     /// The number nearest to `t`.
     fn nearest(t: f32) -> f32;
+}
+
+/// Sixteen bins of equal width: the nearest number to any `t` is one of two. Bin `i`, which is -8 to 7, has place `i & 15`.
+pub struct Bins {
+    /// What `t` is limited to first: there is nothing between numbers beyond.
+    pub least: f32,
+    pub most: f32,
+    /// The bin is the integer nearest to `t * scale + offset`.
+    pub scale: f32,
+    pub offset: f32,
+    /// From here on the larger number is the nearest,
+    pub middle: [f32; 16],
+    /// below it the smaller.
+    pub smaller: [f32; 16],
+    pub larger: [f32; 16],
 }
 
 /// The integers `-HALF ..= HALF - 1`.
@@ -19,7 +34,7 @@ pub struct Integers<const HALF: i32>;
 impl<const HALF: i32> Grid for Integers<HALF> {
     const LOW: f32 = -HALF as f32;
     const HIGH: f32 = (HALF - 1) as f32;
-    const ARE_INTEGERS: bool = true;
+    const BINS: Option<&Bins> = None;
 
     #[inline(always)]
     fn nearest(t: f32) -> f32 {
@@ -67,16 +82,53 @@ static IQ4_NEAREST_VALUE: [f32; 512] = {
 
 /// The bin of `t` in [`IQ4_NEAREST`].
 #[inline(always)]
-fn iq4_bin(t: f32) -> usize {
+const fn iq4_bin(t: f32) -> usize {
     // 2^23 + n has n in its low bits. An exact multiple of 1/2 may land in either neighbour bin: a tie.
     let n = (super::limit(t, Iq4::LOW, Iq4::HIGH) + 128.0) * 2.0 - 0.5;
     ((n + 8_388_608.0).to_bits() & 511) as usize
 }
 
+/// The bins are 14 wide and begin at -10.75 + 14 i, which leaves at most one midpoint in each, and none within 1/4 of an end.
+static IQ4_BINS: Bins = {
+    const WIDTH: f32 = 14.0;
+    const START: f32 = -10.75;
+    let mut bins = Bins {
+        least: -120.0,
+        most: 101.125,
+        scale: 1.0 / WIDTH,
+        offset: -START / WIDTH - 0.5,
+        middle: [f32::NEG_INFINITY; 16],
+        smaller: [0.0; 16],
+        larger: [0.0; 16],
+    };
+    let mut i = -8i32;
+    while i < 8 {
+        let place = (i & 15) as usize;
+        let begin = START + WIDTH * i as f32;
+        let (smaller, larger) = (iq4_bin(begin), iq4_bin(begin + WIDTH));
+        bins.smaller[place] = IQ4_NEAREST_VALUE[smaller];
+        bins.larger[place] = IQ4_NEAREST_VALUE[larger];
+        if IQ4_NEAREST[smaller] != IQ4_NEAREST[larger] {
+            assert!(IQ4_NEAREST[smaller] + 1 == IQ4_NEAREST[larger]);
+            let mut middle = (bins.smaller[place] + bins.larger[place]) / 2.0;
+            // The table takes numbers near the midpoint as if they were on it: t + 128 is rounded.
+            while IQ4_NEAREST[iq4_bin(middle)] == IQ4_NEAREST[larger] {
+                middle = middle.next_down();
+            }
+            while IQ4_NEAREST[iq4_bin(middle)] == IQ4_NEAREST[smaller] {
+                middle = middle.next_up();
+            }
+            bins.middle[place] = middle;
+        }
+        i += 1;
+    }
+    bins
+};
+
 impl Grid for Iq4 {
     const LOW: f32 = -127.0;
     const HIGH: f32 = 113.0;
-    const ARE_INTEGERS: bool = false;
+    const BINS: Option<&Bins> = Some(&IQ4_BINS);
 
     #[inline(always)]
     fn nearest(t: f32) -> f32 {

@@ -205,7 +205,7 @@ pub fn low_byte(integer: f32) -> u8 {
 
 /// `x` limited to `lo..=hi` with selects that compile to min and max instructions.
 #[inline(always)]
-pub fn limit(x: f32, lo: f32, hi: f32) -> f32 {
+pub const fn limit(x: f32, lo: f32, hi: f32) -> f32 {
     let x = if x < hi { x } else { hi };
     if x > lo { x } else { lo }
 }

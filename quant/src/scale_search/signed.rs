@@ -43,7 +43,7 @@ impl<const N: usize, const L: usize> Sub<N, L> {
     #[inline(always)]
     fn signed_sums<G: Grid, const C: usize>(&self, inverses: &[Lanes<L>; C]) -> [SignedSums<L>; C] {
         #[cfg(target_arch = "x86_64")]
-        if let (true, Some(passes)) = (G::ARE_INTEGERS, Passes::get()) {
+        if let Some(passes) = Passes::get() {
             return passes.signed_sums::<G, N, C>(self, inverses);
         }
         let mut sums = [SignedSums::ZERO; C];
@@ -69,7 +69,7 @@ impl<const N: usize, const L: usize> Sub<N, L> {
             inverses[c] = inverse(&scales[c]);
         }
         #[cfg(target_arch = "x86_64")]
-        if let (true, Some(passes)) = (G::ARE_INTEGERS, Passes::get()) {
+        if let Some(passes) = Passes::get() {
             return passes.signed_errors::<G, N, C>(self, scales, &inverses);
         }
         let mut errors = [[0.0; L]; C];

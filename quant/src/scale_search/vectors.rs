@@ -4,9 +4,9 @@
 use std::arch::x86_64::*;
 
 use super::affine::{Fit, Known, Ruler, Sums};
-use super::grid::Grid;
+use super::grid::{Bins, Grid};
 use super::signed::SignedSums;
-use super::{Lanes, MAGIC, Sub, limit};
+use super::{Lanes, MAGIC, Sub, limit, low_byte};
 
 /// As many floats as an instruction set takes at once.
 trait Vector: Copy {
@@ -20,11 +20,13 @@ trait Vector: Copy {
     unsafe fn round(self) -> Self;
     /// Limited to `lo ..= hi`, NaN to `hi`.
     unsafe fn limit(self, lo: f32, hi: f32) -> Self;
+    /// The nearest number of two, of the bin that each float is in; the floats are within what bins are for.
+    unsafe fn look_up(self, bins: &Bins) -> Self;
 }
 
 macro_rules! vector {
     ($v:ident of $lanes:literal, $load:ident $store:ident $add:ident $sub:ident $mul:ident $round:ident $splat:ident
-        $min:ident $max:ident) => {
+        $min:ident $max:ident $look_up:ident) => {
         impl Vector for $v {
             // SAFETY: any bits are floats.
             const ZERO: Self = unsafe { std::mem::zeroed() };
@@ -65,22 +67,91 @@ macro_rules! vector {
                 // SAFETY: see above.
                 unsafe { $max($min(self, $splat(hi)), $splat(lo)) }
             }
+            #[inline(always)]
+            unsafe fn look_up(self, bins: &Bins) -> Self {
+                // SAFETY: see above.
+                unsafe { $look_up(self, bins) }
+            }
         }
     };
 }
 
 vector!(__m128 of 4, _mm_loadu_ps _mm_storeu_ps _mm_add_ps _mm_sub_ps _mm_mul_ps round_of_sse2
-    _mm_set1_ps _mm_min_ps _mm_max_ps);
+    _mm_set1_ps _mm_min_ps _mm_max_ps look_up_4);
 vector!(__m256 of 8, _mm256_loadu_ps _mm256_storeu_ps _mm256_add_ps _mm256_sub_ps _mm256_mul_ps _mm256_round_ps
-    _mm256_set1_ps _mm256_min_ps _mm256_max_ps);
+    _mm256_set1_ps _mm256_min_ps _mm256_max_ps look_up_8);
 vector!(__m512 of 16, _mm512_loadu_ps _mm512_storeu_ps _mm512_add_ps _mm512_sub_ps _mm512_mul_ps _mm512_roundscale_ps
-    _mm512_set1_ps _mm512_min_ps _mm512_max_ps);
+    _mm512_set1_ps _mm512_min_ps _mm512_max_ps look_up_16);
 
 /// [`super::round`]; there is no instruction for it, and no other mode.
 #[inline(always)]
 unsafe fn round_of_sse2<const MODE: i32>(x: __m128) -> __m128 {
     // SAFETY: SSE2 is part of x86-64.
     unsafe { _mm_sub_ps(_mm_add_ps(x, _mm_set1_ps(MAGIC)), _mm_set1_ps(MAGIC)) }
+}
+
+/// [`Vector::look_up`]; SSE2 has no table, hence one float after the other.
+#[inline(always)]
+unsafe fn look_up_4(t: __m128, bins: &Bins) -> __m128 {
+    let one = |t: __m128| {
+        // SAFETY: SSE2 is part of x86-64.
+        let t = unsafe { _mm_cvtss_f32(t) };
+        let place = low_byte(t * bins.scale + bins.offset) as usize & 15;
+        // No branch: it would be guessed wrong every other time.
+        [&bins.larger, &bins.smaller][usize::from(t < bins.middle[place])][place]
+    };
+    // SAFETY: as above.
+    unsafe {
+        _mm_setr_ps(
+            one(t),
+            one(_mm_shuffle_ps::<1>(t, t)),
+            one(_mm_shuffle_ps::<2>(t, t)),
+            one(_mm_shuffle_ps::<3>(t, t)),
+        )
+    }
+}
+
+/// [`Vector::look_up`]; a table of eight for the bins from 0 on, another for those below.
+#[inline(always)]
+unsafe fn look_up_8(t: __m256, bins: &Bins) -> __m256 {
+    // SAFETY: the caller has AVX2; eight floats are read from the halves of sixteen.
+    unsafe {
+        let bin = t.mul(_mm256_set1_ps(bins.scale)).add(_mm256_set1_ps(bins.offset));
+        let bin = _mm256_cvtps_epi32(bin);
+        let of_bin = |table: &[f32; 16]| {
+            let from_0 = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table.as_ptr()), bin);
+            let below = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table[8..].as_ptr()), bin);
+            _mm256_blendv_ps(from_0, below, _mm256_castsi256_ps(bin))
+        };
+        let smaller = _mm256_cmp_ps::<_CMP_LT_OQ>(t, of_bin(&bins.middle));
+        _mm256_blendv_ps(of_bin(&bins.larger), of_bin(&bins.smaller), smaller)
+    }
+}
+
+/// [`Vector::look_up`].
+#[inline(always)]
+unsafe fn look_up_16(t: __m512, bins: &Bins) -> __m512 {
+    // SAFETY: the caller has AVX-512; the tables have sixteen floats.
+    unsafe {
+        let bin = t.mul(_mm512_set1_ps(bins.scale)).add(_mm512_set1_ps(bins.offset));
+        let bin = _mm512_cvtps_epi32(bin);
+        let table = |floats: &[f32; 16]| __m512::load(floats);
+        let smaller = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(t, _mm512_permutexvar_ps(bin, table(&bins.middle)));
+        let larger = _mm512_permutexvar_ps(bin, table(&bins.larger));
+        _mm512_mask_permutexvar_ps(larger, smaller, bin, table(&bins.smaller))
+    }
+}
+
+/// The numbers of a grid that are nearest.
+#[inline(always)]
+unsafe fn nearest<V: Vector, G: Grid>(t: V) -> V {
+    // SAFETY: the caller has the features of the vectors.
+    unsafe {
+        match G::BINS {
+            None => t.round().limit(G::LOW, G::HIGH),
+            Some(bins) => t.limit(bins.least, bins.most).look_up(bins),
+        }
+    }
 }
 
 /// A way to the nearest codes, ties to even.
@@ -271,7 +342,7 @@ impl<const L: usize> Passes<L> {
         }
     }
 
-    /// `Sub::signed_sums` for a grid of integers.
+    /// `Sub::signed_sums`.
     #[inline(always)]
     pub fn signed_sums<G: Grid, const N: usize, const C: usize>(
         &self,
@@ -282,7 +353,7 @@ impl<const L: usize> Passes<L> {
         unsafe { by_lanes!(L, V => signed_sums::<V, G, N, C, L>(sub, inverses)) }
     }
 
-    /// `Sub::signed_errors` for a grid of integers.
+    /// `Sub::signed_errors`.
     #[inline(always)]
     pub fn signed_errors<G: Grid, const N: usize, const C: usize>(
         &self,
@@ -368,7 +439,7 @@ unsafe fn signed_sums<V: Vector, G: Grid, const N: usize, const C: usize, const 
         for i in 0..N {
             let (x, w) = (V::load(&sub.x[i]), V::load(&sub.w[i]));
             for c in 0..C {
-                let g = x.mul(V::load(&inverses[c])).round().limit(G::LOW, G::HIGH);
+                let g = nearest::<V, G>(x.mul(V::load(&inverses[c])));
                 let product = w.mul(g);
                 wgx[c] = wgx[c].add(product.mul(x));
                 wgg[c] = wgg[c].add(product.mul(g));
@@ -395,7 +466,7 @@ unsafe fn signed_errors<V: Vector, G: Grid, const N: usize, const C: usize, cons
         for i in 0..N {
             let (x, w) = (V::load(&sub.x[i]), V::load(&sub.w[i]));
             for c in 0..C {
-                let g = x.mul(V::load(&inverses[c])).round().limit(G::LOW, G::HIGH);
+                let g = nearest::<V, G>(x.mul(V::load(&inverses[c])));
                 let e = x.sub(V::load(&scales[c]).mul(g));
                 sums[c] = sums[c].add(w.mul(e.mul(e)));
             }
@@ -440,5 +511,48 @@ pub fn transpose<'a, const L: usize>(row: impl Fn(usize) -> &'a [f32; 16], lanes
             _mm512_shuffle_f32x4::<0xdd>(even.0, even.1).store(&mut lanes[8 + c]);
             _mm512_shuffle_f32x4::<0xdd>(odd.0, odd.1).store(&mut lanes[12 + c]);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::grid::Iq4;
+    use super::*;
+    use crate::isa::Isa;
+
+    fn check<V: Vector, const L: usize>(isa: Isa, nearest_of: unsafe fn(V) -> V) {
+        if !isa.supported() {
+            return;
+        }
+        // Numbers at and close to everything that may be a midpoint, far from it, and none.
+        let half_steps = (-300..300).map(|k| k as f32 / 2.0);
+        let close =
+            half_steps.flat_map(|t| (-40..=40).map(move |n| f32::from_bits((t.to_bits() as i32 + n) as u32)));
+        let odd = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 1e38, -1e38, 1e-40, -0.0];
+        let numbers: Vec<f32> =
+            close.chain(odd).chain((0..40_000).map(|i| i as f32 / 130.0 - 154.0)).collect();
+        for numbers in numbers.as_chunks::<L>().0 {
+            let mut found = [0.0; L];
+            // SAFETY: the machine has the set, whose vectors have `L` lanes.
+            unsafe { nearest_of(V::load(numbers)).store(&mut found) };
+            assert_eq!(found, numbers.map(Iq4::nearest), "{isa:?}: {numbers:?}");
+        }
+    }
+
+    #[test]
+    fn bins_have_the_nearest_numbers() {
+        #[target_feature(enable = "avx2")]
+        unsafe fn avx2(t: __m256) -> __m256 {
+            // SAFETY: the features are this function's.
+            unsafe { nearest::<_, Iq4>(t) }
+        }
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+        unsafe fn avx512(t: __m512) -> __m512 {
+            // SAFETY: the features are this function's.
+            unsafe { nearest::<_, Iq4>(t) }
+        }
+        check::<__m128, 4>(Isa::Baseline, nearest::<_, Iq4>);
+        check::<__m256, 8>(Isa::Avx2, avx2);
+        check::<__m512, 16>(Isa::Avx512, avx512);
     }
 }
