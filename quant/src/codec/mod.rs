@@ -225,19 +225,30 @@ fn expand<const SUB: usize, const LEN: usize>(
 /// which the order does not matter, except that of zeros of both signs either may be returned.
 #[inline(always)]
 fn largest<const LEN: usize>(x: &[f32; LEN], least: f32, value: impl Fn(f32) -> f32) -> f32 {
-    let larger = |a: f32, b: f32| if b > a { b } else { a };
     let mut lanes = [least; 16];
     for x in x.as_chunks::<16>().0 {
         for (lane, x) in lanes.iter_mut().zip(x) {
             *lane = larger(*lane, value(*x));
         }
     }
-    for half in [8, 4, 2, 1] {
-        for l in 0..half {
-            lanes[l] = larger(lanes[l], lanes[l + half]);
-        }
+    let [largest] = fold::<2, 1>(&fold::<4, 2>(&fold::<8, 4>(&fold::<16, 8>(&lanes))));
+    largest
+}
+
+/// The larger of lanes `l` and `HALF + l`. (In a loop over the halves their numbers would be none that the compiler knows.)
+#[inline(always)]
+fn fold<const N: usize, const HALF: usize>(lanes: &[f32; N]) -> [f32; HALF] {
+    let mut out = [0.0; HALF];
+    for l in 0..HALF {
+        out[l] = larger(lanes[l], lanes[HALF + l]);
     }
-    lanes[0]
+    out
+}
+
+/// The larger number; NaN as a second one does not count.
+#[inline(always)]
+fn larger(a: f32, b: f32) -> f32 {
+    if b > a { b } else { a }
 }
 
 /// Pairs of a block of weights and the bytes that it becomes.
