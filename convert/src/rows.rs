@@ -53,13 +53,24 @@ pub(crate) struct Rows<'a> {
     pub bytes: &'a [u8],
 }
 
+/// Some whole rows of a tensor.
+pub(crate) struct Expanded<'a> {
+    /// Index of their first weight in the piece.
+    pub first: usize,
+    /// The source.
+    pub bytes: &'a [u8],
+    /// As f32, transformed, and finite.
+    pub floats: &'a [f32],
+    /// The largest magnitude of these.
+    pub largest: f32,
+}
+
 impl Rows<'_> {
-    /// Calls `f` with the index of the first weight in the piece, the source bytes and the f32 weights of successive
-    /// groups of rows.
+    /// Calls `f` with successive groups of rows.
     pub(crate) fn for_each(
         &self,
         floats: &mut Vec<f32>,
-        mut f: impl FnMut(usize, &[u8], &[f32]) -> Result<()>,
+        mut f: impl FnMut(Expanded<'_>) -> Result<()>,
     ) -> Result<()> {
         let cols = self.tensor.cols() as usize;
         let rows = (STEP_WEIGHTS / cols.max(1)).max(1);
@@ -78,11 +89,11 @@ impl Rows<'_> {
             let first = i * rows * cols;
             floats.resize(bytes.len() / self.tensor.dtype.block_bytes() * self.tensor.dtype.block_len(), 0.0);
             expand(first, bytes, floats);
-            if transform::apply(self.tensor.transform, &self.input.h, floats).is_err() {
+            let Ok(largest) = transform::apply(self.tensor.transform, &self.input.h, floats) else {
                 let mut source = vec![0.0; floats.len()];
                 expand(first, bytes, &mut source);
                 return Err(self.not_finite(first, &source, floats));
-            }
+            };
             if self.tensor.spec.role == Role::SsmA
                 && let Some(i) = floats.iter().position(|x| *x > 0.0)
             {
@@ -91,7 +102,7 @@ impl Rows<'_> {
                     .expected("a negative number: a positive one lets the state grow without end")
                     .found(floats[i]));
             }
-            f(first, bytes, floats)?;
+            f(Expanded { first, bytes, floats, largest })?;
         }
         Ok(())
     }
@@ -132,7 +143,8 @@ impl Rows<'_> {
         let copy = self.tensor.dtype == dtype && self.tensor.transform == Transform::None;
         let codec = codec(dtype);
         let mut rest = out.as_mut_slice();
-        self.for_each(floats, |first, bytes, floats| {
+        self.for_each(floats, |expanded| {
+            let Expanded { bytes, floats, .. } = expanded;
             let n = floats.len() / dtype.block_len() * dtype.block_bytes();
             let (dst, tail) = std::mem::take(&mut rest).split_at_mut(n);
             rest = tail;
@@ -144,17 +156,16 @@ impl Rows<'_> {
                 Some(feedback) => feedback.quantize_with(isa, dtype, floats, dst),
                 None => codec.quantize_with(isa, floats, importance, dst),
             }
-            self.check_range(first, floats, dtype, dst)
+            self.check_range(&expanded, dtype, dst)
         })
     }
 
     /// Scales are f16, and so are the numbers of an F16 file: far beyond its range they become infinite.
-    fn check_range(&self, first: usize, floats: &[f32], dtype: GgmlType, stored: &[u8]) -> Result<()> {
+    fn check_range(&self, expanded: &Expanded<'_>, dtype: GgmlType, stored: &[u8]) -> Result<()> {
         // A fitted minimum can lie beyond every number of its block, though not by such a factor.
         let safe = half::f16::MAX.to_f32() / 16.0;
-        // Magnitudes are ordered as their bits, and the largest integer is found in any order, so many at a time.
-        let largest = floats.iter().fold(0, |largest, x| x.abs().to_bits().max(largest));
-        if dtype == GgmlType::F32 || largest < safe.to_bits() {
+        let Expanded { first, floats, largest, .. } = *expanded;
+        if dtype == GgmlType::F32 || largest < safe {
             return Ok(());
         }
         let mut back = vec![0.0; floats.len()];

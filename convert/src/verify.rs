@@ -3,7 +3,7 @@
 use crate::input::{Input, InputFile, InputTensor, SSM_X_SCALE, Source, row_bytes};
 use crate::metadata::CALIBRATION_FILE;
 use crate::progress::{Phase, Progress};
-use crate::rows::{Rows, pieces};
+use crate::rows::{Expanded, Rows, pieces};
 use crate::stream::{Piece, Streaming, read_at, stream};
 use kestrel_formats::arch::{Role, Transform};
 use kestrel_formats::gguf::{Gguf, TensorInfo};
@@ -166,7 +166,7 @@ fn compare(
     read_at(&target.open[info.part], &target.files[info.part], info.offset + first_row * row, bytes)?;
     let mut stats = ErrorStats::default();
     let mut scaled = Vec::new();
-    rows.for_each(source, |first, _, floats| {
+    rows.for_each(source, |Expanded { first, floats, .. }| {
         let floats = if factor == 1.0 {
             floats
         } else {

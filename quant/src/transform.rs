@@ -3,6 +3,8 @@
 use kestrel_formats::arch::{HyperParams, Transform};
 use kestrel_formats::{Error, ErrorKind, GgmlType, Result};
 
+use crate::isa::{Isa, Work};
+
 /// Expands stored numbers to f32. Exact for F32, F16 and BF16, the types of a checkpoint; block types are dequantized.
 /// Panics if `bytes` and `out` do not have the same number of weights.
 pub fn to_f32(dtype: GgmlType, bytes: &[u8], out: &mut [f32]) {
@@ -12,12 +14,12 @@ pub fn to_f32(dtype: GgmlType, bytes: &[u8], out: &mut [f32]) {
 /// Applies the transform of one tensor of the architecture table to (part of) that tensor, in place.
 ///
 /// `NegExp` is `-exp(x)`, computed in f64 by a portable implementation and rounded once, so that the result is the same
-/// on every machine. Fails with [`ErrorKind::NotFinite`], naming the element counted from the start of `x`, if the
-/// source or the result is NaN or infinite.
-pub fn apply(transform: Transform, h: &HyperParams, x: &mut [f32]) -> Result<()> {
-    check_finite(x, "in the source")?;
+/// on every machine. Returns the largest magnitude of the result. Fails with [`ErrorKind::NotFinite`], naming the element
+/// counted from the start of `x`, if the source or the result is NaN or infinite.
+pub fn apply(transform: Transform, h: &HyperParams, x: &mut [f32]) -> Result<f32> {
+    let largest = check_finite(x, "in the source")?;
     match transform {
-        Transform::None => return Ok(()),
+        Transform::None => return Ok(largest),
         Transform::NegExp => x.iter_mut().for_each(|v| *v = -libm::exp(f64::from(*v)) as f32),
         Transform::RmsEpsScale => {
             let scale = h.x_proj_scale();
@@ -27,16 +29,32 @@ pub fn apply(transform: Transform, h: &HyperParams, x: &mut [f32]) -> Result<()>
     check_finite(x, "after the transform")
 }
 
-/// `NotFinite`, naming the first NaN or infinity by its position, if there is one.
-pub(crate) fn check_finite(x: &[f32], place: &str) -> Result<()> {
-    // A whole pass without early exit vectorises; the search for the culprit runs only when there is one.
-    if x.iter().fold(true, |ok, v| ok & v.is_finite()) {
-        return Ok(());
+/// The largest magnitude; or `NotFinite`, naming the first NaN or infinity by its position, if there is one.
+pub(crate) fn check_finite(x: &[f32], place: &str) -> Result<f32> {
+    let mut bits = 0;
+    Isa::best().run(Largest { x, bits: &mut bits });
+    let largest = f32::from_bits(bits);
+    if largest.is_finite() {
+        return Ok(largest);
     }
     let at = x.iter().position(|v| !v.is_finite()).unwrap_or_default();
     Err(Error::new(ErrorKind::NotFinite)
         .expected("finite numbers")
         .found(format!("{} {place}, at element {at}", x[at])))
+}
+
+/// Finds the bits of the largest magnitude. Magnitudes are ordered as their bits, those of NaN last, and the largest integer
+/// is found in any order, so many at a time.
+struct Largest<'a> {
+    x: &'a [f32],
+    bits: &'a mut u32,
+}
+
+impl Work for Largest<'_> {
+    #[inline(always)]
+    fn run<const L: usize>(self) {
+        *self.bits = self.x.iter().fold(0, |largest, x| x.abs().to_bits().max(largest));
+    }
 }
 
 #[cfg(test)]
@@ -69,8 +87,9 @@ mod tests {
     #[test]
     fn the_eps_scale_multiplies() {
         let mut x = [1.0, -2.0];
-        apply(Transform::RmsEpsScale, &H, &mut x).unwrap();
+        let largest = apply(Transform::RmsEpsScale, &H, &mut x).unwrap();
         let s = 10f32.sqrt();
+        assert_eq!(largest, 2.0 * s);
         assert_eq!(x, [s, -2.0 * s]);
     }
 
