@@ -6,7 +6,7 @@ use crate::metadata::{SOURCE_SHA256, source_sha256};
 use crate::plan::{Options, Plan, declarations, importance};
 use crate::progress::{Phase, Progress};
 use crate::rows::{Quantizing, Rows, pieces};
-use crate::stream::{Piece, Streaming, check_cancel, damage_hash, join, stream, thread_refused};
+use crate::stream::{Piece, Streaming, check_cancel, damage_hash, join, stream, take, thread_refused};
 use kestrel_formats::atomic_file::{AtomicFile, Run, same_file};
 use kestrel_formats::disk::DiskFile;
 use kestrel_formats::gguf::{Gguf, layout};
@@ -14,8 +14,9 @@ use kestrel_formats::map::Map;
 use kestrel_formats::{Error, ErrorKind, Result};
 use sha2::{Digest, Sha256};
 use std::path::Path;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 /// What a finished conversion did.
@@ -40,6 +41,9 @@ const CHECK_BYTES: u64 = 128 << 20;
 
 /// Bytes that are read back at once.
 const READ_BYTES: u64 = 1 << 20;
+
+/// Outputs of pieces that wait to be written, at most, beside one for each worker.
+const WAITING: usize = 8;
 
 /// What was written where, so that it can be found again.
 #[derive(Clone, Copy, Debug)]
@@ -179,32 +183,66 @@ fn convert_all(
     let job = Streaming { files: &plan.input.files, pieces, threads: options.threads, sha256: true, cancel };
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
-        let (sender, receiver) = channel();
+        let (made, to_write) = channel();
+        let (freed, free) = channel();
+        let (written, to_check) = channel();
+        for _ in 0..options.threads + WAITING {
+            let _ = freed.send(Vec::new());
+        }
         let stop = &stop;
+        let writer = std::thread::Builder::new()
+            .name("kestrel-writer".into())
+            .spawn_scoped(scope, move || write_behind(file, &to_write, &freed, &written))
+            .map_err(thread_refused)?;
         let checker = std::thread::Builder::new()
             .name("kestrel-checker".into())
-            .spawn_scoped(scope, move || check_behind(plan, file, &receiver, CHECK_BYTES, stop))
+            .spawn_scoped(scope, move || check_behind(plan, file, &to_check, CHECK_BYTES, stop))
             .map_err(thread_refused)?;
         let feedbacks = Feedbacks::new(plan, options);
-        let kept_bytes = AtomicU64::new(0);
+        let (free, kept_bytes) = (Mutex::new(free), AtomicU64::new(0));
         let converting = Converting { plan, options, pieces, feedbacks, file, progress, kept_bytes };
-        let streamed = stream(job, Scratch::default, |scratch, piece, bytes| {
-            let written = convert_piece(&converting, scratch, piece, bytes)?;
-            // Only after an error does nobody listen; it is reported below.
-            sender.send(written).map_err(|_| Error::new(ErrorKind::Interrupted))
+        // Only after an error does nobody listen; it is reported below.
+        let nobody = || Error::new(ErrorKind::Interrupted);
+        let streamed = stream(job, Vec::new, |floats, piece, bytes| {
+            let mut out = take(&free).ok_or_else(nobody)?;
+            let (written, part) = convert_piece(&converting, floats, piece, bytes, &mut out)?;
+            made.send(Output { written, part, bytes: out }).map_err(|_| nobody())
         });
-        drop(sender);
+        drop(made);
         stop.store(true, Ordering::Relaxed);
-        let unchecked = join(checker)?;
+        let (written, unchecked) = (join(writer), join(checker));
+        let unchecked = written.and(unchecked)?;
         Ok((streamed?.sha256, unchecked, converting.kept_bytes.into_inner()))
     })
 }
 
-/// What a worker keeps between pieces.
-#[derive(Default)]
-struct Scratch {
-    floats: Vec<f32>,
-    out: Vec<u8>,
+/// What a worker made of a piece.
+struct Output {
+    written: Written,
+    /// Its part in the journal, unless an interrupted run wrote it.
+    part: Option<usize>,
+    bytes: Vec<u8>,
+}
+
+/// Writes what the workers make, gives its buffers back and passes it on to the checker. While that reads the file past the
+/// cache, ext4 lets nobody write to it, which workers should not wait for.
+fn write_behind(
+    file: &AtomicFile,
+    made: &Receiver<Output>,
+    freed: &Sender<Vec<u8>>,
+    to_check: &Sender<Written>,
+) -> Result<()> {
+    for Output { written, part, bytes } in made {
+        if let Some(part) = part {
+            file.write_at(written.piece.offset, &bytes)?;
+            file.record(part, written.hash)?;
+        }
+        let _ = freed.send(bytes);
+        if to_check.send(written).is_err() {
+            break; // the checker has found an error
+        }
+    }
+    Ok(())
 }
 
 /// What all workers share.
@@ -219,15 +257,9 @@ struct Converting<'a> {
 }
 
 impl Converting<'_> {
-    /// Quantizes and writes a piece.
-    fn write(
-        &self,
-        scratch: &mut Scratch,
-        (part, offset): (usize, u64),
-        piece: &Piece,
-        bytes: &[u8],
-    ) -> Result<u64> {
-        let Self { plan, options, file, .. } = *self;
+    /// Quantizes a piece. Returns its hash.
+    fn quantize(&self, floats: &mut Vec<f32>, piece: &Piece, bytes: &[u8], out: &mut Vec<u8>) -> Result<u64> {
+        let Self { plan, options, .. } = *self;
         let (target, tensor) = (&plan.tensors[piece.tensor], &plan.input.tensors[piece.tensor]);
         let importance =
             if target.weighted { importance(options, &target.name, tensor.cols())? } else { None };
@@ -235,19 +267,16 @@ impl Converting<'_> {
         let feedback = self.feedbacks.of(piece.tensor)?;
         let quantizing =
             Quantizing { dtype: target.dtype, isa: options.isa, importance, feedback: feedback.as_deref() };
-        rows.quantize(&mut scratch.floats, quantizing, &mut scratch.out)?;
-        file.write_at(offset, &scratch.out)?;
-        let hash = damage_hash(&scratch.out);
-        file.record(part, hash)?;
-        Ok(hash)
+        rows.quantize(floats, quantizing, out)?;
+        Ok(damage_hash(out))
     }
 
     /// The hash of what an interrupted run wrote, if it is there and undamaged.
-    fn kept(&self, scratch: &mut Scratch, part: usize, offset: u64, n_bytes: usize) -> Result<Option<u64>> {
+    fn kept(&self, part: usize, offset: u64, n_bytes: usize, out: &mut Vec<u8>) -> Result<Option<u64>> {
         let Some(recorded) = self.file.recorded(part) else { return Ok(None) };
-        scratch.out.resize(n_bytes, 0);
-        self.file.read_at(offset, &mut scratch.out)?;
-        let kept = damage_hash(&scratch.out) == recorded;
+        out.resize(n_bytes, 0);
+        self.file.read_at(offset, out)?;
+        let kept = damage_hash(out) == recorded;
         if kept {
             self.kept_bytes.fetch_add(n_bytes as u64, Ordering::Relaxed);
         }
@@ -255,12 +284,14 @@ impl Converting<'_> {
     }
 }
 
+/// Makes the output of a piece; also returns its part in the journal if it has to be written.
 fn convert_piece(
     job: &Converting<'_>,
-    scratch: &mut Scratch,
+    floats: &mut Vec<f32>,
     piece: &Piece,
     bytes: &[u8],
-) -> Result<Written> {
+    out: &mut Vec<u8>,
+) -> Result<(Written, Option<usize>)> {
     let (target, tensor) = (&job.plan.tensors[piece.tensor], &job.plan.input.tensors[piece.tensor]);
     if piece.first_row == 0 {
         job.progress.tensor(&target.name);
@@ -269,13 +300,13 @@ fn convert_piece(
     let (offset, n_bytes) = (target.offset + piece.first_row * row_bytes, (piece.rows * row_bytes) as usize);
     let place = |p: &Piece| (p.file, p.offset);
     let part = job.pieces.partition_point(|p| place(p) < place(piece));
-    let hash = match job.kept(scratch, part, offset, n_bytes)? {
-        Some(hash) => hash,
-        None => job.write(scratch, (part, offset), piece, bytes)?,
+    let (hash, part) = match job.kept(part, offset, n_bytes, out)? {
+        Some(hash) => (hash, None),
+        None => (job.quantize(floats, piece, bytes, out)?, Some(part)),
     };
     job.feedbacks.done(piece);
     job.progress.bytes(piece.n_bytes as u64, n_bytes as u64);
-    Ok(Written { piece: Piece { file: 0, offset, n_bytes, ..*piece }, hash })
+    Ok((Written { piece: Piece { file: 0, offset, n_bytes, ..*piece }, hash }, part))
 }
 
 /// Writes the padding behind each tensor and, now that the source's digests are known, the header.

@@ -1,7 +1,8 @@
 //! Reads files front to back and hands pieces of them to worker threads, in bounded memory.
 //!
-//! Few readers (one per file, at most one per four workers) walk their files in order, which suits disks and lets
-//! the SHA-256 of a whole file come out of the same pass. Buffers go round: reader, worker, reader.
+//! Few readers (one per file, at most one per four workers and one more) walk their files in order, which suits disks and
+//! lets the SHA-256 of a whole file come out of the same pass; one alone hashes less than two workers may round. Buffers go
+//! round: reader, worker, reader.
 
 use crate::input::InputFile;
 use kestrel_formats::map::open_regular;
@@ -66,7 +67,7 @@ pub(crate) fn stream<S, T: Send>(
     work: impl Fn(&mut S, &Piece, &[u8]) -> Result<T> + Sync,
 ) -> Result<Streamed<T>> {
     let threads = job.threads.clamp(1, THREADS_MAX);
-    let n_readers = job.files.len().min(threads.div_ceil(4)).max(1);
+    let n_readers = job.files.len().min(1 + threads.div_ceil(4)).max(1);
     let (full_in, full_out) = channel::<(usize, Vec<u8>)>();
     let (free_in, free_out) = channel::<Vec<u8>>();
     for _ in 0..threads + 2 * n_readers {
@@ -247,7 +248,7 @@ pub(crate) fn damage_hash(bytes: &[u8]) -> u64 {
 }
 
 /// The next message, or `None` when no sender is left.
-fn take<T>(from: &Mutex<Receiver<T>>) -> Option<T> {
+pub(crate) fn take<T>(from: &Mutex<Receiver<T>>) -> Option<T> {
     lock(from).recv().ok()
 }
 
