@@ -182,13 +182,13 @@ pub(super) const AFFINE_SEARCH: affine::Search =
 /// codes returned have `half` added.
 #[inline(always)]
 pub(super) fn round_signed(x: &[f32; LEN], half: f32) -> (f32, [u8; LEN]) {
-    let (above, below) = (largest(x, 0.0, |v| v), largest(x, 0.0, |v| -v));
-    let peak = if above > below {
-        above
-    } else if below > above {
-        -below
-    } else {
-        x.iter().fold(0f32, |m, v| if v.abs() > m.abs() { *v } else { m })
+    // One maximum and its sign: two, of the numbers and of their opposites, the compiler would take as pairs.
+    let magnitude = largest(x, 0.0, f32::abs);
+    let has = |peak: f32| x.iter().fold(false, |any, v| any | (*v == peak));
+    let peak = match (has(magnitude), has(-magnitude)) {
+        (true, false) => magnitude,
+        (false, true) => -magnitude,
+        _ => x.iter().fold(0f32, |m, v| if v.abs() > m.abs() { *v } else { m }),
     };
     let d = peak / -half;
     let inverse = if d != 0.0 { 1.0 / d } else { 0.0 };
