@@ -77,7 +77,7 @@ impl<'a> MatrixRef<'a> {
 
     /// Where row `r` begins, of a type whose blocks of `block_len` weights take `block_bytes`. A kernel knows these, and
     /// is spared the divisions by those of any type, which for short rows take as long as the row.
-    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // NEON has no kernels of integers yet
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // NEON takes blocks apart with the codecs' accessors
     #[inline(always)]
     pub(crate) fn row_of(&self, r: usize, block_len: usize, block_bytes: usize) -> *const u8 {
         debug_assert_eq!(self.dtype.block_len() * block_bytes, self.dtype.block_bytes() * block_len);
