@@ -14,6 +14,7 @@ pub trait Grid {
 }
 
 /// Sixteen bins of equal width: the nearest number to any `t` is one of two. Bin `i`, which is -8 to 7, has place `i & 15`.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))] // for instructions of x86
 pub struct Bins {
     /// What `t` is limited to first: there is nothing between numbers beyond.
     pub least: f32,

@@ -97,6 +97,20 @@ impl Lanes for Neon {
         })
     }
     #[inline(always)]
+    unsafe fn look_up(self, p: *const u8) -> (Self, Self) {
+        let [a, b, c, d] = self.0.map(|x| vreinterpretq_u8_f32(x));
+        let table = uint8x16x4_t(a, b, c, d);
+        let (high, low) = halves(p);
+        (floats_of(table, high), floats_of(table, low))
+    }
+    #[inline(always)]
+    unsafe fn look_up_i8(table: &[i8; 16], p: *const u8, to: *mut i8) {
+        let table = vld1q_s8(table.as_ptr());
+        let (high, low) = halves(p);
+        vst1q_s8(to, vqtbl1q_s8(table, high));
+        vst1q_s8(to.add(16), vqtbl1q_s8(table, low));
+    }
+    #[inline(always)]
     unsafe fn sum(self) -> f32 {
         let [a, b, c, d] = self.0;
         let x = vaddq_f32(vaddq_f32(a, c), vaddq_f32(b, d));
@@ -116,4 +130,23 @@ impl Lanes for Neon {
         vst1q_s8(p, vcombine_s8(vqmovn_s16(low), vqmovn_s16(high)));
         vaddvq_s32(vaddq_s32(vaddq_s32(a, b), vaddq_s32(c, d)))
     }
+}
+
+/// The halves of 16 bytes, first the high ones.
+#[inline(always)]
+unsafe fn halves(p: *const u8) -> (uint8x16_t, uint8x16_t) {
+    let bytes = vld1q_u8(p);
+    (vshrq_n_u8::<4>(bytes), vandq_u8(bytes, vdupq_n_u8(15)))
+}
+
+/// The floats of a table of sixteen that codes name.
+#[inline(always)]
+unsafe fn floats_of(table: uint8x16x4_t, codes: uint8x16_t) -> Neon {
+    const FIRST_FOUR: [u8; 16] = [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3];
+    const BYTE: [u8; 16] = [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3];
+    Neon(std::array::from_fn(|i| {
+        let which = vaddq_u8(vld1q_u8(FIRST_FOUR.as_ptr()), vdupq_n_u8(4 * i as u8));
+        let first_byte = vshlq_n_u8::<2>(vqtbl1q_u8(codes, which));
+        vreinterpretq_f32_u8(vqtbl4q_u8(table, vaddq_u8(first_byte, vld1q_u8(BYTE.as_ptr()))))
+    }))
 }
