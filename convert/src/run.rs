@@ -186,7 +186,7 @@ fn convert_all(
         let (made, to_write) = channel();
         let (freed, free) = channel();
         let (written, to_check) = channel();
-        for _ in 0..options.threads + WAITING {
+        for _ in 0..job.n_workers() + WAITING {
             let _ = freed.send(Vec::new());
         }
         let stop = &stop;

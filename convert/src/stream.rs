@@ -51,6 +51,13 @@ pub(crate) struct Streaming<'a> {
     pub cancel: &'a AtomicBool,
 }
 
+impl Streaming<'_> {
+    /// How many workers there are.
+    pub fn n_workers(&self) -> usize {
+        self.threads.clamp(1, THREADS_MAX)
+    }
+}
+
 /// What comes out of a [`stream`].
 pub(crate) struct Streamed<T> {
     /// One result per piece, in the order of the pieces.
@@ -66,7 +73,7 @@ pub(crate) fn stream<S, T: Send>(
     scratch: impl Fn() -> S + Sync,
     work: impl Fn(&mut S, &Piece, &[u8]) -> Result<T> + Sync,
 ) -> Result<Streamed<T>> {
-    let threads = job.threads.clamp(1, THREADS_MAX);
+    let threads = job.n_workers();
     let n_readers = job.files.len().min(1 + threads.div_ceil(4)).max(1);
     let (full_in, full_out) = channel::<(usize, Vec<u8>)>();
     let (free_in, free_out) = channel::<Vec<u8>>();
