@@ -149,7 +149,9 @@ impl Shared {
         loop {
             // The caller raises the epoch before it looks at this flag, and the flag is raised before the epoch is
             // looked at here (both sequentially consistent): one of the two sees the other, so no wake-up is lost.
-            self.asleep[i].store(true, Ordering::SeqCst);
+            // A swap, not a store: qemu 7.2 on x86 lets aarch64's store-release pass the load-acquire that follows it
+            // (no mfence between them), and then a worker slept through a job after some 10⁵ to 10⁷ of them.
+            self.asleep[i].swap(true, Ordering::SeqCst);
             let epoch = self.epoch.load(Ordering::SeqCst);
             if epoch != seen {
                 self.asleep[i].store(false, Ordering::SeqCst);
