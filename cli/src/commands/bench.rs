@@ -146,7 +146,7 @@ impl Measured {
             };
             let mut decode = Spent::default();
             steps.step("writing", || -> Result<()> {
-                let (mut since, mut before) = (Spent::default(), Spent::of_reading(&mut reading));
+                let (mut since, mut before) = (Spent::default(), Spent::of_reading(&mut reading, BETWEEN));
                 for i in 0..args.n_tokens {
                     let next = tokens.take(args.batch);
                     let step = Spent::on(args.batch, || match &mut batch {
@@ -158,7 +158,7 @@ impl Measured {
                     decode.add(step);
                     since.add(step);
                     if since.time > BETWEEN || i + 1 == args.n_tokens {
-                        let after = Spent::of_reading(&mut reading);
+                        let after = Spent::of_reading(&mut reading, since.time);
                         run.read_bytes_s.extend(after.rate());
                         before.add(after);
                         run.tok_per_read_byte
@@ -329,9 +329,9 @@ impl Spent {
         self.time += other.time;
     }
 
-    /// Reads a part of memory.
-    fn of_reading(reading: &mut Reading) -> Self {
-        let (n_bytes, time) = reading.go_on();
+    /// Reads memory for so long.
+    fn of_reading(reading: &mut Reading, at_least: Duration) -> Self {
+        let (n_bytes, time) = reading.go_on(at_least);
         Self { amount: n_bytes as f64, time }
     }
 

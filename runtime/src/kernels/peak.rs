@@ -14,7 +14,7 @@ use crate::pool::Pool;
 use kestrel_formats::{Error, ErrorKind, Result};
 use memmap2::MmapMut;
 use std::hint::black_box;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 /// What a machine can do at most with some instruction set and number of threads.
@@ -350,26 +350,46 @@ impl Reading {
         self.buffer.len() as f64 / best.0.as_secs_f64().max(1e-9)
     }
 
-    /// Reads a part that no cache has kept, and returns its bytes and the time. Called now and then beside other work,
-    /// this says how fast memory is meanwhile: where a machine is shared, that changes from second to second.
-    pub fn go_on(&mut self) -> (usize, Duration) {
+    /// Reads parts that no cache has kept for `at_least` so long, and returns their bytes and the time. Called now and then
+    /// beside other work, this says how fast memory is meanwhile: where a machine is shared, that changes from second to
+    /// second, and whoever works for longer is held up more often, so the two should take equally long.
+    pub fn go_on(&mut self, at_least: Duration) -> (usize, Duration) {
         let part_bytes = (self.buffer.len() / Self::PARTS).next_multiple_of(64).max(64);
         let parts: Vec<&[u8]> = self.buffer.chunks(part_bytes).collect();
-        self.next = (self.next + 1) % parts.len().max(1);
-        let part = parts.get(self.next).copied().unwrap_or_default();
-        read(&mut self.pool, part, self.sum_lines)
+        let (mut n_bytes, mut time) = (0, Duration::ZERO);
+        // This pool's workers and others' look out for work for a while before they sleep, and would take each other's
+        // processors meanwhile.
+        std::thread::sleep(REST);
+        loop {
+            self.next = (self.next + 1) % parts.len().max(1);
+            let part = parts.get(self.next).copied().unwrap_or_default();
+            let (n, t) = read(&mut self.pool, part, self.sum_lines);
+            (n_bytes, time) = (n_bytes + n, time + t);
+            if time >= at_least {
+                break;
+            }
+        }
+        std::thread::sleep(REST);
+        (n_bytes, time)
     }
 }
+
+/// Longer than a worker without work stays awake.
+const REST: Duration = Duration::from_millis(2);
+
+/// What a worker reads before it looks for more: as with the rows of a product, whoever is held up reads less.
+const PIECE_LINES: usize = (2 << 20) / 64;
 
 /// All workers read a buffer, whose bytes are all 1. Returns what they read and the time.
 fn read(pool: &mut Pool, buffer: &[u8], sum_lines: fn(&[Line]) -> u64) -> (usize, Duration) {
     let (lines, _) = buffer.as_chunks::<64>();
-    let n_workers = pool.n_workers();
-    let sum = AtomicU64::new(0);
+    let (sum, next) = (AtomicU64::new(0), AtomicUsize::new(0));
+    let pieces: Vec<&[Line]> = lines.chunks(PIECE_LINES).collect();
     let started = Instant::now();
-    pool.run(|w| {
-        let part = &lines[lines.len() * w / n_workers..lines.len() * (w + 1) / n_workers];
-        sum.fetch_add(sum_lines(part), Ordering::Relaxed);
+    pool.run(|_| {
+        while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
+            sum.fetch_add(sum_lines(piece), Ordering::Relaxed);
+        }
     });
     let time = started.elapsed();
     let words = 8 * lines.len() as u64;
@@ -427,10 +447,10 @@ mod tests {
     #[test]
     fn parts_are_the_whole_buffer() {
         let mut reading = Reading::new(2, (1 << 20) + 64).unwrap();
-        let parts = [(); 8].map(|()| reading.go_on().0);
+        let parts = [(); 8].map(|()| reading.go_on(Duration::ZERO).0);
         assert_eq!(parts[..4].iter().sum::<usize>(), reading.n_bytes());
         assert_eq!(parts[..4], parts[4..]);
-        assert_eq!(Reading::new(1, 64).unwrap().go_on().0, 64);
+        assert_eq!(Reading::new(1, 64).unwrap().go_on(Duration::ZERO).0, 64);
     }
 
     #[test]
