@@ -96,8 +96,9 @@ fn runs<'a>(segments: &'a [Segment<'_>], n_all: usize) -> impl Iterator<Item = (
     })
 }
 
-/// `0..n` in whole units over workers: most of it in parts as equal as they go, one for each; the rest a unit at a time
-/// to whoever is done first, since cores that are shared with others are not equally fast.
+/// `0..n` in whole units over workers: most of it in parts as equal as they go, one for each; the rest to whoever is done
+/// first, since cores that are shared with others are not equally fast. Of this rest one takes a part that shrinks with it:
+/// each part costs a beginning, at which nothing has been fetched ahead, and the last ones decide how long others wait.
 struct Turns {
     n: usize,
     unit: usize,
@@ -118,9 +119,12 @@ impl Turns {
     fn of(&self, w: usize) -> impl Iterator<Item = Range<usize>> + '_ {
         let at = move |w: usize| self.n_own * w / self.n_workers;
         let units = move |units: Range<usize>| units.start * self.unit..(units.end * self.unit).min(self.n);
+        let n_units = self.n.div_ceil(self.unit);
+        let end = move |unit: usize| unit + ((n_units - unit) / (4 * self.n_workers)).max(1);
         let more = std::iter::from_fn(move || {
-            let unit = self.next.fetch_add(1, Ordering::Relaxed);
-            (unit * self.unit < self.n).then(|| units(unit..unit + 1))
+            let take = |unit| (unit < n_units).then(|| end(unit));
+            let unit = self.next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).ok()?;
+            Some(units(unit..end(unit)))
         });
         std::iter::once(units(at(w)..at(w + 1))).filter(|own| !own.is_empty()).chain(more)
     }
