@@ -238,6 +238,12 @@ pub(crate) unsafe fn by_channel<L: Lanes>(rows: &[f32], n: usize, to: &mut [f32]
         if n == LANES && block.len() == LANES * n {
             block.chunks_exact(LANES).for_each(|line| L::fetch_ahead(line.as_ptr().cast()));
             L::transpose(block.as_ptr(), LANES, to.as_mut_ptr());
+        } else if n == 4 && block.len() == LANES * n {
+            // The usual convolution, with lengths that the compiler knows.
+            let (rows, to) = (block.as_chunks::<4>().0, to.as_chunks_mut::<LANES>().0);
+            for (j, to) in to.iter_mut().enumerate() {
+                to.iter_mut().zip(rows).for_each(|(to, row)| *to = row[j]);
+            }
         } else {
             to.fill(0.0);
             for (c, row) in block.chunks_exact(n).enumerate() {
