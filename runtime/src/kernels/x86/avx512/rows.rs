@@ -15,7 +15,7 @@ use super::scales::{self, RowScales};
 use super::wide::{Four, Head, Wide, X};
 use crate::kernels::matmul::{INT_PANEL_TOKENS, Job, Scratch};
 use crate::kernels::memory::LANES;
-use crate::kernels::x86::few::{FOUR, Few, TOKENS, fetch_ahead, four_blocks, walk};
+use crate::kernels::x86::few::{FOUR, Few, TOKENS, fetch_ahead, fetch_two, four_blocks, walk};
 use crate::kernels::x86::sums::{fold_eight, sum_four};
 use crate::kernels::x86::unpack;
 use std::arch::asm;
@@ -29,6 +29,9 @@ pub(super) unsafe fn small<F: Four>(job: &Job<'_>, scratch: &mut Scratch) {
     let tokens = small_tokens::<F>(job, scratch);
     match job.weights.cols {
         256 if F::BESIDE => walk(&Small::<F, FOUR> { tokens, of: PhantomData }, job),
+        cols if F::BESIDE && cols.is_multiple_of(32 * LANES) => {
+            walk(&Pairs::<F> { tokens, of: PhantomData }, job);
+        }
         _ => walk(&Small::<F, 1> { tokens, of: PhantomData }, job),
     }
 }
@@ -328,6 +331,72 @@ unsafe fn four_rows<F: Four, const T: usize>(
                 out[i][r + row0 + row] = sum_four(fold(sums[i].products));
             }
         }
+    }
+}
+
+/// Two rows at a time of blocks of 32 whose scales lie beside them, as wide as sixteen such blocks or a multiple: both use
+/// the activations that are loaded.
+struct Pairs<F> {
+    tokens: [Token; INT_PANEL_TOKENS],
+    of: PhantomData<F>,
+}
+
+impl<F: Four> Few for Pairs<F> {
+    const ROWS: usize = 2;
+
+    #[inline(always)]
+    unsafe fn product<const T: usize>(
+        &self,
+        job: &Job<'_>,
+        row: usize,
+        t: usize,
+        out: &mut [[f32; LANES]; TOKENS],
+        r: usize,
+    ) {
+        let (p, n_blocks) = (job.weights.row_of(row, 32, F::BYTES), job.weights.cols / 32);
+        let (row_bytes, four_bytes) = (n_blocks * F::BYTES, FOUR * F::BYTES);
+        // A last row without another is its own.
+        let rows = row..(row + 2).min(job.rows.end);
+        let second = rows.len() - 1;
+        let scales = RowScales::of(&job.weights, rows);
+        let x = each!([self.tokens[0]; T], i => self.tokens[t + i]);
+        let mut sums = [[SmallSums { products: _mm512_setzero_ps(), offsets: _mm_setzero_ps() }; 2]; T];
+        for b in (0..n_blocks).step_by(LANES) {
+            let d = [scales.sixteen(b, LANES), scales.sixteen(second * n_blocks + b, LANES)];
+            let x_scales = each!([d[0]; T], i => _mm512_loadu_ps(x[i].scales.add(b)));
+            let factors = each!([d; T], i => each!([d[0]; 2], k => _mm512_mul_ps(d[k], x_scales[i])));
+            for j in (0..LANES).step_by(FOUR) {
+                let at = (b + j) * F::BYTES;
+                let mut codes = [[_mm512_setzero_si512(); 2]; 2];
+                for k in 0..2 {
+                    fetch_pair(p.wrapping_add(2 * at + k * four_bytes), row_bytes, four_bytes);
+                    codes[k] = F::four(&four_blocks(p.add(k * second * row_bytes + at), F::BYTES, FOUR));
+                }
+                for i in 0..T {
+                    for k in 0..2 {
+                        add_four::<F>(codes[k], spread_four(factors[i][k], j), &x[i], b + j, &mut sums[i][k]);
+                    }
+                }
+            }
+        }
+        for i in 0..T {
+            for k in 0..2 {
+                out[i][r + k] = sum_four(fold(sums[i][k].products));
+            }
+        }
+    }
+}
+
+/// Fetches ahead for a pair of rows as if they were read front to back, which memory does best: of what is read in turns
+/// from both, `p` is as far from the pair's beginning as has been read. The second row is needed as soon as the first, so the
+/// distances count from a row further on.
+#[inline(always)]
+fn fetch_pair(p: *const u8, row_bytes: usize, n_bytes: usize) {
+    const NEAR_BYTES: usize = 2048;
+    const FAR_BYTES: usize = 8 * NEAR_BYTES;
+    for line in 0..n_bytes / 64 {
+        let p = p.wrapping_add(row_bytes + 64 * line);
+        fetch_two(p.wrapping_add(NEAR_BYTES), p.wrapping_add(FAR_BYTES));
     }
 }
 
