@@ -16,7 +16,7 @@ use kestrel_quant::codec;
 use kestrel_runtime::State;
 use kestrel_runtime::kernels::peak::{Limits, READ_BYTES, Reading};
 use kestrel_runtime::kernels::{
-    ActKind, Acts, Compute, InProj, Isa, MatrixRef, Mixer, ScanWeights, Segment, Then,
+    ActKind, Acts, ByChannel, Compute, InProj, Isa, MatrixRef, Mixer, ScanWeights, Segment, Then,
 };
 use kestrel_runtime::state::StateShape;
 use std::sync::OnceLock;
@@ -204,6 +204,7 @@ fn mixer(criterion: &mut Criterion<Speed>) {
     let matrix =
         |rows: usize| MatrixRef::new(GgmlType::F32, rows, WIDTH, &zeros[..rows * WIDTH * 4]).expect("bytes");
     let (taps, bias, a) = (noise(D_INNER * D_CONV), noise(D_INNER), vec![-1.0; D_INNER * D_STATE]);
+    let (taps, a) = (ByChannel::new(&taps, D_CONV), ByChannel::new(&a, D_STATE));
     for tokens in [1, 32, 512] {
         let mut compute = Compute::new(isa(), n_threads(), tokens);
         let acts = |cols| Acts::with_capacity(tokens, cols);

@@ -1,5 +1,6 @@
 //! A model: hyperparameters and weights, borrowed from the mapped file wherever they can be.
 
+use crate::kernels::ByChannel;
 use crate::matrix::{Floats, Matrix};
 use crate::state::{State, StateShape, checksum};
 use kestrel_formats::arch::{HyperParams, Role};
@@ -20,16 +21,16 @@ pub(crate) trait WeightSource {
 /// One layer's weights; names as in GGUF.
 #[allow(missing_docs)] // the shapes say it
 pub struct Layer {
-    pub attn_norm: Floats,   // (d_model)
-    pub ssm_in: Matrix,      // (2·d_inner, d_model): x rows, then z rows
-    pub conv_weight: Floats, // (d_inner, d_conv)
-    pub conv_bias: Floats,   // (d_inner)
-    pub ssm_x: Matrix,       // (dt_rank + 2·d_state, d_inner): dt, B, C
-    pub ssm_dt: Matrix,      // (d_inner, dt_rank)
-    pub dt_bias: Floats,     // (d_inner)
-    pub a: Floats,           // (d_inner, d_state), negative
-    pub d: Floats,           // (d_inner)
-    pub ssm_out: Matrix,     // (d_model, d_inner)
+    pub attn_norm: Floats,      // (d_model)
+    pub ssm_in: Matrix,         // (2·d_inner, d_model): x rows, then z rows
+    pub conv_weight: ByChannel, // (d_inner, d_conv)
+    pub conv_bias: Floats,      // (d_inner)
+    pub ssm_x: Matrix,          // (dt_rank + 2·d_state, d_inner): dt, B, C
+    pub ssm_dt: Matrix,         // (d_inner, dt_rank)
+    pub dt_bias: Floats,        // (d_inner)
+    pub a: ByChannel,           // (d_inner, d_state), negative
+    pub d: Floats,              // (d_inner)
+    pub ssm_out: Matrix,        // (d_model, d_inner)
 }
 
 /// A loaded model. Immutable; any number of sessions may share it.
@@ -54,7 +55,8 @@ impl Model {
         tied: bool,
         source: &dyn WeightSource,
     ) -> Result<Self> {
-        let layers = (0..hparams.n_layer).map(|i| Layer::load(source, i)).collect::<Result<Vec<_>>>()?;
+        let layers =
+            (0..hparams.n_layer).map(|i| Layer::load(source, &hparams, i)).collect::<Result<Vec<_>>>()?;
         let output_norm = source.floats(Role::OutputNorm, 0)?;
         let fingerprint = fingerprint(&output_norm, &layers);
         let mut model = Self {
@@ -164,24 +166,31 @@ impl Model {
 }
 
 impl Layer {
-    fn load(source: &dyn WeightSource, i: usize) -> Result<Self> {
+    fn load(source: &dyn WeightSource, h: &HyperParams, i: usize) -> Result<Self> {
         Ok(Self {
             attn_norm: source.floats(Role::AttnNorm, i)?,
             ssm_in: source.matrix(Role::SsmIn, i)?,
-            conv_weight: source.floats(Role::SsmConv1d, i)?,
+            conv_weight: ByChannel::new(&source.floats(Role::SsmConv1d, i)?, h.d_conv),
             conv_bias: source.floats(Role::SsmConv1dBias, i)?,
             ssm_x: source.matrix(Role::SsmX, i)?,
             ssm_dt: source.matrix(Role::SsmDt, i)?,
             dt_bias: source.floats(Role::SsmDtBias, i)?,
-            a: source.floats(Role::SsmA, i)?,
+            a: ByChannel::new(&source.floats(Role::SsmA, i)?, h.d_state),
             d: source.floats(Role::SsmD, i)?,
             ssm_out: source.matrix(Role::SsmOut, i)?,
         })
     }
 
     /// The small tensors.
-    pub(crate) fn floats(&self) -> [&Floats; 6] {
-        [&self.attn_norm, &self.conv_weight, &self.conv_bias, &self.dt_bias, &self.a, &self.d]
+    pub(crate) fn floats(&self) -> [&[f32]; 6] {
+        [
+            &self.attn_norm,
+            self.conv_weight.numbers(),
+            &self.conv_bias,
+            &self.dt_bias,
+            self.a.numbers(),
+            &self.d,
+        ]
     }
 }
 

@@ -36,7 +36,7 @@ impl Model {
         let layers = self.matrices().filter(|(role, _)| !matches!(role, Role::TokenEmbd | Role::Output));
         let (layer_macs, layer_bytes) =
             layers.fold((0, 0), |(n, bytes), (_, m)| (n + macs(m.rows, m.cols), bytes + m.n_bytes() as u64));
-        let floats = self.layers.iter().flat_map(Layer::floats).chain([&self.output_norm]);
+        let floats = self.layers.iter().flat_map(Layer::floats).chain([&*self.output_norm]);
         let float_bytes: u64 = floats.map(|f| size_of_val::<[f32]>(f) as u64).sum();
         Work {
             layer_macs,

@@ -11,7 +11,7 @@ use kestrel_quant::codec::scales::{Absmax, Scales};
 use kestrel_quant::codec::{f16_at, q4_k};
 use kestrel_runtime::State;
 use kestrel_runtime::kernels::{
-    ActKind, Acts, Compute, InProj, Isa, MatrixRef, Mixer, ScanWeights, Segment, Then, kernels,
+    ActKind, Acts, ByChannel, Compute, InProj, Isa, MatrixRef, Mixer, ScanWeights, Segment, Then, kernels,
 };
 use kestrel_runtime::state::StateShape;
 
@@ -647,14 +647,15 @@ impl MixerCase {
         let room = |n: usize| Acts::with_capacity(MIXER_TOKENS, n);
         let (mut x, mut inner, mut dt) = (room(self.d_model), room(self.d_inner), room(self.dt_rank));
         let mut mixer = Mixer::with_capacity(self.d_inner, MIXER_TOKENS);
+        let conv_weight = ByChannel::new(&self.conv_weight, self.d_conv);
+        let a = ByChannel::new(&self.a, self.d_state);
         let layer = InProj {
             weights: in_proj,
-            conv_weight: &self.conv_weight,
+            conv_weight: &conv_weight,
             conv_bias: &self.conv_bias,
             d_conv: self.d_conv,
         };
-        let scan =
-            ScanWeights { dt_proj, dt_bias: &self.dt_bias, a: &self.a, d: &self.d, d_state: self.d_state };
+        let scan = ScanWeights { dt_proj, dt_bias: &self.dt_bias, a: &a, d: &self.d, d_state: self.d_state };
         let (mut y, mut first) = (Vec::new(), 0);
         for &n in chunks {
             let mut rows = self.x[first * self.d_model..][..n * self.d_model].to_vec();

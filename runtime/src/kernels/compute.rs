@@ -5,7 +5,7 @@ use super::beside;
 use super::elementwise::{Conv, D_CONV_MAX, Run, Scan};
 use super::isa::Isa;
 use super::matmul::{INT_PANEL_TOKENS, Job, MatrixRef, Scratch};
-use super::memory::{Aligned, Channels, LANES, Out, SharedMut};
+use super::memory::{Aligned, ByChannel, Channels, LANES, Out, SharedMut};
 use super::table::{Kernels, kernels};
 use crate::pool::Pool;
 use crate::state::State;
@@ -36,7 +36,7 @@ pub struct InProj<'a> {
     /// (2·d_inner, d_model): x rows, then z rows.
     pub weights: MatrixRef<'a>,
     /// (d_inner, d_conv), the newest input's tap last.
-    pub conv_weight: &'a [f32],
+    pub conv_weight: &'a ByChannel,
     /// (d_inner)
     pub conv_bias: &'a [f32],
     /// Taps.
@@ -51,7 +51,7 @@ pub struct ScanWeights<'a> {
     /// (d_inner)
     pub dt_bias: &'a [f32],
     /// (d_inner, d_state), negative.
-    pub a: &'a [f32],
+    pub a: &'a ByChannel,
     /// (d_inner)
     pub d: &'a [f32],
     /// States per channel.
@@ -254,7 +254,7 @@ impl Compute {
     ) {
         let (d_inner, n_tokens, d_conv) = (mixer.d_inner, acts.n_tokens(), layer.d_conv);
         assert!(layer.weights.rows == 2 * d_inner && layer.conv_bias.len() == d_inner);
-        assert!(layer.conv_weight.len() == d_inner * d_conv && (1..=D_CONV_MAX).contains(&d_conv));
+        assert!(layer.conv_weight.is_of(d_inner, d_conv) && (1..=D_CONV_MAX).contains(&d_conv));
         mixer.u.set_tokens(n_tokens);
         mixer.z.set_tokens(n_tokens);
         u_acts.reset(kind, n_tokens, d_inner);
@@ -279,8 +279,7 @@ impl Compute {
                 unsafe {
                     product(kernels, &Job { weights: halves[0], rows: c.clone(), acts, out: u_out }, scratch);
                     let x = u_out.part(blocks.clone());
-                    let taps = scratch.by_channel(c.len(), d_conv);
-                    (kernels.by_channel)(&layer.conv_weight[c.start * d_conv..c.end * d_conv], d_conv, taps);
+                    let taps = layer.conv_weight.part(blocks.clone());
                     for (state, run) in runs(segments, n_tokens) {
                         let state = state.conv().part(layer_index, blocks.clone());
                         let conv = Conv { taps, bias: &layer.conv_bias[c.clone()], d_conv, run };
@@ -315,7 +314,7 @@ impl Compute {
         let width = layer.dt_proj.cols + 2 * d_state;
         assert!(layer.dt_proj.rows == d_inner && x_dbc.len() == n_tokens * width);
         assert!(
-            layer.d.len() == d_inner && layer.dt_bias.len() == d_inner && layer.a.len() == d_inner * d_state
+            layer.d.len() == d_inner && layer.dt_bias.len() == d_inner && layer.a.is_of(d_inner, d_state)
         );
         mixer.dt.set_tokens(n_tokens);
         y_acts.reset(kind, n_tokens, d_inner);
@@ -337,8 +336,7 @@ impl Compute {
                     let job = Job { weights: layer.dt_proj, rows: c.clone(), acts: dt_acts, out: dt_out };
                     product(kernels, &job, scratch);
                     let (u, dt) = (u_out.part(blocks.clone()), dt_out.part(blocks.clone()));
-                    let a = scratch.by_channel(c.len(), d_state);
-                    (kernels.by_channel)(&layer.a[c.start * d_state..c.end * d_state], d_state, a);
+                    let a = layer.a.part(blocks.clone());
                     for (state, run) in runs(segments, n_tokens) {
                         let scan = Scan {
                             a,

@@ -229,30 +229,6 @@ unsafe fn quantize_group<L: Lanes>(group: &GroupMut<'_>, x: *const f32, stride: 
 /// The largest d_conv that is executed; the architecture's limit.
 pub(crate) const D_CONV_MAX: usize = kestrel_formats::limits::D_CONV_MAX as usize;
 
-/// What each channel has `n` numbers of, (channels, n), as [channel / 16][n][16], with zeros for channels that do not
-/// exist.
-#[inline(always)]
-pub(crate) unsafe fn by_channel<L: Lanes>(rows: &[f32], n: usize, to: &mut [f32]) {
-    assert!(to.len() >= (rows.len() / n).next_multiple_of(LANES) * n);
-    for (block, to) in rows.chunks(LANES * n).zip(to.chunks_exact_mut(LANES * n)) {
-        if n == LANES && block.len() == LANES * n {
-            block.chunks_exact(LANES).for_each(|line| L::fetch_ahead(line.as_ptr().cast()));
-            L::transpose(block.as_ptr(), LANES, to.as_mut_ptr());
-        } else if n == 4 && block.len() == LANES * n {
-            // The usual convolution, with lengths that the compiler knows.
-            let (rows, to) = (block.as_chunks::<4>().0, to.as_chunks_mut::<LANES>().0);
-            for (j, to) in to.iter_mut().enumerate() {
-                to.iter_mut().zip(rows).for_each(|(to, row)| *to = row[j]);
-            }
-        } else {
-            to.fill(0.0);
-            for (c, row) in block.chunks_exact(n).enumerate() {
-                row.iter().zip(to.chunks_exact_mut(LANES)).for_each(|(&x, to)| to[c] = x);
-            }
-        }
-    }
-}
-
 /// A causal depthwise convolution of some channels.
 pub(crate) struct Conv<'a> {
     /// [channel / 16][d_conv][16], the newest input's tap last.
@@ -361,7 +337,11 @@ pub(crate) unsafe fn scan<L: Lanes>(s: &Scan<'_>, u: &mut [f32], z: &[f32], dt: 
     assert!(end <= s.run.n_all && (end == 0 || s.bc.len() >= (end - 1) * s.bc_stride + 2 * s.d_state));
     for b in 0..n_blocks {
         let h = &mut state[b * n..][..n];
-        h.chunks_exact(LANES).for_each(|line| L::fetch_ahead(line.as_ptr().cast()));
+        // Both are read once, front to back; the numbers that one token brings are soon done.
+        for (h, a) in h.chunks_exact(LANES).zip(s.a[b * n..][..n].chunks_exact(LANES)) {
+            L::fetch_ahead(h.as_ptr().cast());
+            L::fetch_ahead(a.as_ptr().cast());
+        }
         let tokens = s.run.of_block(b);
         scan_block::<L>(s, b, &mut u[tokens.clone()], &z[tokens.clone()], &dt[tokens], h);
     }

@@ -158,8 +158,6 @@ pub(crate) struct Scratch {
     /// Activations of few tokens in the order of a type's codes; see [`Self::acts`]. Whoever needs them there puts them
     /// there at the beginning of a job.
     acts: Aligned<u8>,
-    /// What the channels of a turn have several numbers of; see [`Self::by_channel`].
-    by_channel: Aligned<f32>,
     /// Rows of a matrix of bitsandbytes as Q8_0; empty where there is none.
     pub blocks: Aligned<u8>,
 }
@@ -174,7 +172,6 @@ impl Scratch {
             sums: Aligned::zeroed(n_tokens.next_multiple_of(LANES) * PANEL_ROWS),
             tiles: Aligned::zeroed(2 * TILE_SUBS * LANES * LANES),
             acts: Aligned::zeroed(0),
-            by_channel: Aligned::zeroed(0),
             blocks: Aligned::zeroed(0),
         }
     }
@@ -185,15 +182,6 @@ impl Scratch {
             self.acts = Aligned::zeroed(n_bytes);
         }
         self.acts.as_mut_ptr()
-    }
-
-    /// Room for `n` numbers of each of `n_channels`, [channel / 16][n][16]; grows with the first layer.
-    pub fn by_channel(&mut self, n_channels: usize, n: usize) -> &mut [f32] {
-        let len = n_channels.next_multiple_of(LANES) * n;
-        if self.by_channel.len() < len {
-            self.by_channel = Aligned::zeroed(len);
-        }
-        &mut self.by_channel[..len]
     }
 }
 

@@ -102,6 +102,43 @@ impl<T: Plain> DerefMut for Aligned<T> {
     }
 }
 
+/// What each channel has `n` numbers of, (channels, n), as the kernels read it: `[channel / 16][n][16]`, with zeros for
+/// channels that do not exist.
+pub struct ByChannel {
+    numbers: Aligned<f32>,
+    n: usize,
+}
+
+impl ByChannel {
+    /// From `rows` (channels, n).
+    pub fn new(rows: &[f32], n: usize) -> Self {
+        assert!(n > 0 && rows.len().is_multiple_of(n));
+        let mut numbers = Aligned::zeroed((rows.len() / n).next_multiple_of(LANES) * n);
+        for (rows, to) in rows.chunks(LANES * n).zip(numbers.chunks_exact_mut(LANES * n)) {
+            for (c, row) in rows.chunks_exact(n).enumerate() {
+                row.iter().zip(to.chunks_exact_mut(LANES)).for_each(|(&x, to)| to[c] = x);
+            }
+        }
+        Self { numbers, n }
+    }
+
+    /// All of them.
+    pub(crate) fn numbers(&self) -> &[f32] {
+        &self.numbers
+    }
+
+    /// The numbers of `blocks` of 16 channels.
+    pub(crate) fn part(&self, blocks: Range<usize>) -> &[f32] {
+        let block_len = self.n * LANES;
+        &self.numbers[blocks.start * block_len..blocks.end * block_len]
+    }
+
+    /// Whether there are `n` numbers of each of `n_channels`.
+    pub(crate) fn is_of(&self, n_channels: usize, n: usize) -> bool {
+        self.n == n && self.numbers.len() == n_channels.next_multiple_of(LANES) * n
+    }
+}
+
 /// Numbers of every layer, in blocks of 16 channels: what a sequence remembers, which several workers advance together,
 /// each its own channels.
 #[derive(Clone)]

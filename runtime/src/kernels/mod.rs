@@ -42,5 +42,5 @@ pub use compute::{Compute, InProj, Mixer, ScanWeights, Segment, Then};
 pub use isa::Isa;
 pub use matmul::MatrixRef;
 pub(crate) use memory::LayerBlocks;
-pub use memory::{Channels, LANES};
+pub use memory::{ByChannel, Channels, LANES};
 pub use table::{Kernels, kernels};

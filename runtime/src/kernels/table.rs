@@ -21,7 +21,6 @@ pub struct Kernels {
     pub(super) rms_norm_acts: unsafe fn(&[f32], &[f32], f32, &ActsWriter<'_>, usize),
     pub(super) row_acts: unsafe fn(&[f32], &ActsWriter<'_>, usize),
     pub(super) channel_acts: unsafe fn(&[f32], usize, &ActsWriter<'_>, usize, usize),
-    pub(super) by_channel: unsafe fn(&[f32], usize, &mut [f32]),
     pub(super) conv_silu: unsafe fn(&Conv<'_>, &mut [f32], &mut [f32]),
     pub(super) scan: ScanFn,
     pub(super) f32_matmul: Matmul,
@@ -109,11 +108,6 @@ macro_rules! kernels {
                 unsafe { elementwise::channel_acts::<$lanes>(x, n_tokens, to, col, n) }
             }
             $(#[$feature])?
-            unsafe fn by_channel(rows: &[f32], n: usize, to: &mut [f32]) {
-                // SAFETY: as above.
-                unsafe { elementwise::by_channel::<$lanes>(rows, n, to) }
-            }
-            $(#[$feature])?
             unsafe fn conv_silu(conv: &Conv<'_>, x: &mut [f32], state: &mut [f32]) {
                 // SAFETY: as above.
                 unsafe { elementwise::conv_silu::<$lanes>(conv, x, state) }
@@ -154,7 +148,6 @@ macro_rules! kernels {
                 rms_norm_acts,
                 row_acts,
                 channel_acts,
-                by_channel,
                 conv_silu,
                 scan,
                 f32_matmul,
