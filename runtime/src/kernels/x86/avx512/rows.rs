@@ -30,7 +30,7 @@ pub(super) unsafe fn small<F: Four>(job: &Job<'_>, scratch: &mut Scratch) {
     match job.weights.cols {
         256 if F::BESIDE => walk(&Small::<F, FOUR> { tokens, of: PhantomData }, job),
         cols if F::BESIDE && cols.is_multiple_of(32 * LANES) => {
-            walk(&Pairs::<F> { tokens, of: PhantomData }, job);
+            walk(&Small::<F, PAIR> { tokens, of: PhantomData }, job);
         }
         _ => walk(&Small::<F, 1> { tokens, of: PhantomData }, job),
     }
@@ -152,7 +152,10 @@ unsafe fn fold(x: __m512) -> __m128 {
     fold_eight(_mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps::<1>(x)))
 }
 
-/// Rows of blocks of 32, `R` at a time: one, or four short ones. A row has sixteen lanes of a sum: four blocks', four each.
+/// Rows with scales beside them that go together, where they are as wide as sixteen blocks of 32 or a multiple.
+const PAIR: usize = 2;
+
+/// Rows of blocks of 32, `R` at a time: one, a pair, or four short ones. A row has sixteen lanes of a sum: four blocks', four each.
 struct Small<F, const R: usize> {
     tokens: [Token; INT_PANEL_TOKENS],
     of: PhantomData<F>,
@@ -179,6 +182,12 @@ impl<F: Four, const R: usize> Few for Small<F, R> {
     ) {
         let (p, n_blocks) = (job.weights.row_of(row, 32, F::BYTES), job.weights.cols / 32);
         let tokens = each!([self.tokens[0]; T], i => self.tokens[t + i]);
+        if R == PAIR {
+            // A last row without another is its own.
+            let rows = row..(row + PAIR).min(job.rows.end);
+            let scales = RowScales::of(&job.weights, rows.clone());
+            return two_rows::<F, T>(p, &scales, &tokens, n_blocks, rows.len() - 1, out, r);
+        }
         if R == FOUR {
             let rows = row..(row + FOUR).min(job.rows.end);
             return four_rows::<F, T>(
@@ -334,55 +343,41 @@ unsafe fn four_rows<F: Four, const T: usize>(
     }
 }
 
-/// Two rows at a time of blocks of 32 whose scales lie beside them, as wide as sixteen such blocks or a multiple: both use
+/// Two rows of `n_blocks` blocks whose scales lie beside them, the first at `p`, the other `second` rows further on: both use
 /// the activations that are loaded.
-struct Pairs<F> {
-    tokens: [Token; INT_PANEL_TOKENS],
-    of: PhantomData<F>,
-}
-
-impl<F: Four> Few for Pairs<F> {
-    const ROWS: usize = 2;
-
-    #[inline(always)]
-    unsafe fn product<const T: usize>(
-        &self,
-        job: &Job<'_>,
-        row: usize,
-        t: usize,
-        out: &mut [[f32; LANES]; TOKENS],
-        r: usize,
-    ) {
-        let (p, n_blocks) = (job.weights.row_of(row, 32, F::BYTES), job.weights.cols / 32);
-        let (row_bytes, four_bytes) = (n_blocks * F::BYTES, FOUR * F::BYTES);
-        // A last row without another is its own.
-        let rows = row..(row + 2).min(job.rows.end);
-        let second = rows.len() - 1;
-        let scales = RowScales::of(&job.weights, rows);
-        let x = each!([self.tokens[0]; T], i => self.tokens[t + i]);
-        let mut sums = [[SmallSums { products: _mm512_setzero_ps(), offsets: _mm_setzero_ps() }; 2]; T];
-        for b in (0..n_blocks).step_by(LANES) {
-            let d = [scales.sixteen(b, LANES), scales.sixteen(second * n_blocks + b, LANES)];
-            let x_scales = each!([d[0]; T], i => _mm512_loadu_ps(x[i].scales.add(b)));
-            let factors = each!([d; T], i => each!([d[0]; 2], k => _mm512_mul_ps(d[k], x_scales[i])));
-            for j in (0..LANES).step_by(FOUR) {
-                let at = (b + j) * F::BYTES;
-                let mut codes = [[_mm512_setzero_si512(); 2]; 2];
-                for k in 0..2 {
-                    fetch_pair(p.wrapping_add(2 * at + k * four_bytes), row_bytes, four_bytes);
-                    codes[k] = F::four(&four_blocks(p.add(k * second * row_bytes + at), F::BYTES, FOUR));
-                }
-                for i in 0..T {
-                    for k in 0..2 {
-                        add_four::<F>(codes[k], spread_four(factors[i][k], j), &x[i], b + j, &mut sums[i][k]);
-                    }
+#[inline(always)]
+unsafe fn two_rows<F: Four, const T: usize>(
+    p: *const u8,
+    scales: &RowScales<'_>,
+    x: &[Token; T],
+    n_blocks: usize,
+    second: usize,
+    out: &mut [[f32; LANES]; TOKENS],
+    r: usize,
+) {
+    let (row_bytes, four_bytes) = (n_blocks * F::BYTES, FOUR * F::BYTES);
+    let mut sums = [[SmallSums { products: _mm512_setzero_ps(), offsets: _mm_setzero_ps() }; PAIR]; T];
+    for b in (0..n_blocks).step_by(LANES) {
+        let d = [scales.sixteen(b, LANES), scales.sixteen(second * n_blocks + b, LANES)];
+        let x_scales = each!([d[0]; T], i => _mm512_loadu_ps(x[i].scales.add(b)));
+        let factors = each!([d; T], i => each!([d[0]; PAIR], k => _mm512_mul_ps(d[k], x_scales[i])));
+        for j in (0..LANES).step_by(FOUR) {
+            let at = (b + j) * F::BYTES;
+            let mut codes = [[_mm512_setzero_si512(); 2]; PAIR];
+            for k in 0..PAIR {
+                fetch_pair(p.wrapping_add(PAIR * at + k * four_bytes), row_bytes, four_bytes);
+                codes[k] = F::four(&four_blocks(p.add(k * second * row_bytes + at), F::BYTES, FOUR));
+            }
+            for i in 0..T {
+                for k in 0..PAIR {
+                    add_four::<F>(codes[k], spread_four(factors[i][k], j), &x[i], b + j, &mut sums[i][k]);
                 }
             }
         }
-        for i in 0..T {
-            for k in 0..2 {
-                out[i][r + k] = sum_four(fold(sums[i][k].products));
-            }
+    }
+    for i in 0..T {
+        for k in 0..PAIR {
+            out[i][r + k] = sum_four(fold(sums[i][k].products));
         }
     }
 }
