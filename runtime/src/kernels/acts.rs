@@ -52,7 +52,13 @@ impl ActKind {
     #[inline(always)]
     pub(crate) fn in_order(self, codes: [i8; 32]) -> [i8; 32] {
         match self {
-            Self::Q8x32EvenOdd => std::array::from_fn(|i| codes[i % LANES * 2 + i / LANES]),
+            Self::Q8x32EvenOdd => {
+                let mut out = [0; 32];
+                for (i, &[even, odd]) in codes.as_chunks().0.iter().enumerate() {
+                    (out[i], out[LANES + i]) = (even, odd);
+                }
+                out
+            }
             _ => codes,
         }
     }
@@ -372,13 +378,18 @@ impl BlockMut<'_> {
     #[inline(always)]
     pub unsafe fn put_codes(&self, i: usize, codes: [i8; 32], sums: [i32; 2]) {
         let codes = self.to.kind.in_order(codes);
-        for (q, quad) in codes.as_chunks::<4>().0.iter().enumerate() {
-            let start = self.at.codes + (self.block * self.len() / 4 + 8 * i + q) * self.at.quad_stride;
-            // SAFETY: the caller's promise, here and below.
-            unsafe { self.to.codes.part(start..start + 4) }.copy_from_slice(quad);
-        }
-        // SAFETY: see above.
+        let (first, stride) = (self.block * self.len() / 4 + 8 * i, self.at.quad_stride);
+        // SAFETY: the caller's promise.
         unsafe {
+            if stride == 4 {
+                let start = self.at.codes + 4 * first;
+                self.to.codes.part(start..start + codes.len()).copy_from_slice(&codes);
+            } else {
+                for (q, quad) in codes.as_chunks::<4>().0.iter().enumerate() {
+                    let start = self.at.codes + (first + q) * stride;
+                    self.to.codes.part(start..start + 4).copy_from_slice(quad);
+                }
+            }
             self.put_sum(16, 2 * i, sums[0]);
             self.put_sum(16, 2 * i + 1, sums[1]);
             self.put_sum(32, i, sums[0] + sums[1]);
