@@ -128,6 +128,32 @@ impl Turns {
         });
         std::iter::once(units(at(w)..at(w + 1))).filter(|own| !own.is_empty()).chain(more)
     }
+
+    /// The same of the rows of `weights` that meet `n_tokens`. If these are few, the beginning of a part is fetched while the
+    /// last unit of the one before, which is a part of its own then, is at work.
+    fn of_rows(
+        &self,
+        w: usize,
+        weights: MatrixRef<'_>,
+        n_tokens: usize,
+    ) -> impl Iterator<Item = Range<usize>> {
+        let (few, unit) = (n_tokens < INT_PANEL_TOKENS, self.unit);
+        let cut = move |part: Range<usize>| {
+            let last = if few { part.start + (part.len() - 1) / unit * unit } else { part.start };
+            [part.start..last, last..part.end].into_iter().filter(|part| !part.is_empty())
+        };
+        let mut parts = self.of(w).flat_map(cut).peekable();
+        std::iter::from_fn(move || {
+            let part = parts.next()?;
+            if few
+                && let Some(next) = parts.peek()
+                && next.start != part.end
+            {
+                weights.fetch(next.start);
+            }
+            Some(part)
+        })
+    }
 }
 
 /// The part of `0..n` that worker `w` of `n_workers` owns: whole units, as equal as they go.
@@ -232,7 +258,7 @@ impl Compute {
         self.pool.run(|w| {
             // SAFETY: each worker takes its own.
             let scratch = unsafe { &mut scratch.part(w..w + 1)[0] };
-            for rows in turns.of(w) {
+            for rows in turns.of_rows(w, *weights, acts.n_tokens()) {
                 // SAFETY: the rows of different turns are disjoint.
                 unsafe { product(kernels, &Job { weights: *weights, rows, acts, out }, scratch) };
             }
@@ -288,7 +314,7 @@ impl Compute {
                     (kernels.channel_acts)(x, n_tokens, &to, c.start, c.len());
                 }
             }
-            for rows in gate_turns.of(w) {
+            for rows in gate_turns.of_rows(w, halves[1], n_tokens) {
                 // SAFETY: the rows of different turns are disjoint.
                 unsafe { product(kernels, &Job { weights: halves[1], rows, acts, out: z_out }, scratch) };
             }
@@ -397,6 +423,31 @@ unsafe fn product(kernels: &Kernels, job: &Job<'_>, scratch: &mut Scratch) {
             (_, other) => {
                 assert_eq!(kind, ActKind::for_weights_of_bnb(other), "the kind that the weights take");
                 beside::int_matmul(kernels, job, scratch);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kestrel_formats::GgmlType;
+
+    #[test]
+    fn every_row_has_one_turn() {
+        for (rows, n_workers) in [(1, 2), (16, 2), (100, 1), (288, 2), (4096, 2), (4096, 3), (65024, 16)] {
+            let bytes = vec![0; 2 * rows];
+            let weights = MatrixRef::new(GgmlType::F16, rows, 1, &bytes).unwrap();
+            for n_tokens in [1, INT_PANEL_TOKENS] {
+                let turns = Turns::new(rows, LANES, n_workers);
+                let mut seen = vec![0; rows];
+                for w in (0..n_workers).rev() {
+                    for part in turns.of_rows(w, weights, n_tokens) {
+                        assert!(!part.is_empty() && part.start.is_multiple_of(LANES), "{part:?} of {rows}");
+                        seen[part].iter_mut().for_each(|n| *n += 1);
+                    }
+                }
+                assert!(seen.iter().all(|&n| n == 1), "{rows} rows, {n_workers} workers, {n_tokens} tokens");
             }
         }
     }

@@ -89,6 +89,15 @@ impl<'a> MatrixRef<'a> {
         (self.scales.as_ref().expect("a type with scales beside its codes"), self.first + r * self.cols)
     }
 
+    /// Fetches what a product that begins with row `r` reads first: what it is going to read itself is fetched ahead only
+    /// some way on.
+    pub(crate) fn fetch(&self, r: usize) {
+        const LINES: usize = 256;
+        for line in self.bytes[r * self.row_bytes()..].chunks(64).take(LINES) {
+            fetch_line(line.as_ptr());
+        }
+    }
+
     /// Rows `range` as a matrix.
     pub(crate) fn slice(&self, range: Range<usize>) -> Self {
         let bytes = &self.bytes[range.start * self.row_bytes()..range.end * self.row_bytes()];
@@ -106,6 +115,19 @@ impl<'a> MatrixRef<'a> {
         let codes = &self.bytes[bytes(i)..bytes(i + to.len())];
         dequantize(self.dtype, codes, self.first + i, self.scales.as_ref(), to);
     }
+}
+
+/// Fetches the line at `p` into the second-level cache.
+#[inline(always)]
+fn fetch_line(p: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: SSE is part of x86-64; a prefetch accesses nothing that a program can see.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T1>(p.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = p;
 }
 
 /// Some rows of `weights` times all of `acts`.
