@@ -25,7 +25,9 @@ fn product(isa: Isa, matrix: &MatrixRef, x: &[f32], norm: &[f32], tokens: usize,
 fn products_stay_within_their_rows() {
     for ty in GgmlType::all() {
         let blocks = |n: usize| n.next_multiple_of(ty.block_len());
-        for (rows, cols) in [(1, blocks(1)), (3, blocks(33)), (17, blocks(300)), (33, blocks(520))] {
+        for (rows, cols) in
+            [(1, blocks(1)), (3, blocks(33)), (17, blocks(300)), (33, blocks(520)), (5, blocks(1024))]
+        {
             let mut bytes = vec![0; ty.bytes_for((rows * cols) as u64).expect("whole blocks") as usize];
             kestrel_quant::codec(ty).quantize(&numbers(rows * cols), None, &mut bytes);
             let guarded = Guarded::new(&bytes);

@@ -9,6 +9,7 @@
 use crate::kernels::matmul::Job;
 use crate::kernels::memory::LANES;
 use std::arch::x86_64::*;
+use std::ops::Range;
 use std::sync::atomic::{Ordering, compiler_fence};
 
 /// Tokens that share unpacked codes at most.
@@ -82,10 +83,16 @@ pub(super) unsafe fn four_blocks(p: *const u8, block_bytes: usize, n: usize) -> 
 /// fetched between the products; a row of fetches would fill the buffers for misses and hold up everything behind it.
 #[inline(always)]
 pub(super) fn fetch_ahead(p: *const u8, n_bytes: usize, i: usize, n: usize) {
-    let lines = n_bytes / 64;
-    for line in i * lines / n..(i + 1) * lines / n {
+    for line in lines_of_step(n_bytes, i, n) {
         fetch_line(p.wrapping_add(64 * line));
     }
+}
+
+/// The lines of `n_bytes` that are fetched in step `i` of `n`.
+#[inline(always)]
+pub(super) fn lines_of_step(n_bytes: usize, i: usize, n: usize) -> Range<usize> {
+    let lines = n_bytes / 64;
+    i * lines / n..(i + 1) * lines / n
 }
 
 /// Fetches what follows the line at `p` at two distances, each into a cache of its own: the processor's own prefetching

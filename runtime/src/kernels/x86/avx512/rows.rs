@@ -15,7 +15,7 @@ use super::scales::{self, RowScales};
 use super::wide::{Four, Head, Wide, X};
 use crate::kernels::matmul::{INT_PANEL_TOKENS, Job, Scratch};
 use crate::kernels::memory::LANES;
-use crate::kernels::x86::few::{FOUR, Few, TOKENS, fetch_ahead, fetch_two, four_blocks, walk};
+use crate::kernels::x86::few::{FOUR, Few, TOKENS, fetch_ahead, fetch_two, four_blocks, lines_of_step, walk};
 use crate::kernels::x86::sums::{fold_eight, sum_four};
 use crate::kernels::x86::unpack;
 use std::arch::asm;
@@ -23,6 +23,7 @@ use std::arch::x86_64::*;
 use std::hint::black_box;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
 pub(super) unsafe fn small<F: Four>(job: &Job<'_>, scratch: &mut Scratch) {
@@ -41,7 +42,7 @@ pub(super) unsafe fn large<F: Wide>(job: &Job<'_>, scratch: &mut Scratch) {
     let tokens = large_tokens::<F>(job, scratch);
     match job.weights.cols {
         256 => walk(&Large::<F, FOUR> { tokens, of: PhantomData }, job),
-        _ => walk(&Large::<F, 1> { tokens, of: PhantomData }, job),
+        _ => walk(&Large::<F, PAIR> { tokens, of: PhantomData }, job),
     }
 }
 
@@ -55,6 +56,18 @@ struct Token {
     sums: *const i8,
     /// f32 per block.
     scales: *const f32,
+}
+
+impl Token {
+    /// 64 activations from `at` on, and what the products take beside them.
+    #[inline(always)]
+    unsafe fn vector<F: Wide>(&self, at: usize) -> (__m512i, __m512i) {
+        let extra = match F::EXTRA {
+            true => _mm512_loadu_si512(self.extra.add(at).cast()),
+            false => _mm512_setzero_si512(),
+        };
+        (_mm512_loadu_si512(self.codes.add(at).cast()), extra)
+    }
 }
 
 /// Places for the activations of all tokens; what is written there is `(codes, extra, sums)`.
@@ -152,7 +165,8 @@ unsafe fn fold(x: __m512) -> __m128 {
     fold_eight(_mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps::<1>(x)))
 }
 
-/// Rows with scales beside them that go together, where they are as wide as sixteen blocks of 32 or a multiple.
+/// Rows that go together, so that both use the activations that are loaded: those with scales beside them, and one token's
+/// of blocks of 256.
 const PAIR: usize = 2;
 
 /// Rows of blocks of 32, `R` at a time: one, a pair, or four short ones. A row has sixteen lanes of a sum: four blocks', four each.
@@ -365,7 +379,11 @@ unsafe fn two_rows<F: Four, const T: usize>(
             let at = (b + j) * F::BYTES;
             let mut codes = [[_mm512_setzero_si512(); 2]; PAIR];
             for k in 0..PAIR {
-                fetch_pair(p.wrapping_add(PAIR * at + k * four_bytes), row_bytes, four_bytes);
+                fetch_pair(
+                    p.wrapping_add(PAIR * at + k * four_bytes),
+                    row_bytes,
+                    lines_of_step(four_bytes, 0, 1),
+                );
                 codes[k] = F::four(&four_blocks(p.add(k * second * row_bytes + at), F::BYTES, FOUR));
             }
             for i in 0..T {
@@ -386,10 +404,10 @@ unsafe fn two_rows<F: Four, const T: usize>(
 /// from both, `p` is as far from the pair's beginning as has been read. The second row is needed as soon as the first, so the
 /// distances count from a row further on.
 #[inline(always)]
-fn fetch_pair(p: *const u8, row_bytes: usize, n_bytes: usize) {
+fn fetch_pair(p: *const u8, row_bytes: usize, lines: Range<usize>) {
     const NEAR_BYTES: usize = 2048;
     const FAR_BYTES: usize = 8 * NEAR_BYTES;
-    for line in 0..n_bytes / 64 {
+    for line in lines {
         let p = p.wrapping_add(row_bytes + 64 * line);
         fetch_two(p.wrapping_add(NEAR_BYTES), p.wrapping_add(FAR_BYTES));
     }
@@ -407,13 +425,13 @@ unsafe fn add_four<F: Four>(codes: [__m512i; 2], factors: __m512, x: &Token, b: 
     sums.products = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), factors, sums.products);
 }
 
-/// Rows of blocks of 256, `R` at a time: one, or four rows of one block each.
+/// Rows of blocks of 256, `R` at a time: a pair, or four rows of one block each.
 struct Large<F, const R: usize> {
     tokens: [Token; INT_PANEL_TOKENS],
     of: PhantomData<F>,
 }
 
-/// Sums of `R` rows of blocks of 256.
+/// Sums of `R` rows of blocks of 256: one, or four of one block each.
 struct LargeSums<const T: usize, const R: usize> {
     /// A lane is a dword of the 64 bytes that the codes are read in.
     products: [[__m512; R]; T],
@@ -434,59 +452,145 @@ impl<F: Wide, const R: usize> Few for Large<F, R> {
         out: &mut [[f32; LANES]; TOKENS],
         r: usize,
     ) {
-        let zero = _mm512_setzero_ps();
         let (p, n_blocks) = (job.weights.row_of(row, 256, F::BYTES), job.weights.cols / 256);
         let tokens = each!([self.tokens[0]; T], i => self.tokens[t + i]);
-        let mut sums = LargeSums { products: [[zero; R]; T], mins: [[zero; 2]; T] };
-        let mut room = [const { MaybeUninit::<Prepared<T>>::uninit() }; 2];
-        let prepared = black_box(room.as_mut_ptr()).cast::<Prepared<T>>();
+        let n_rows = (job.rows.end - row).min(R);
         if R == FOUR {
-            let n = (job.rows.end - row).min(FOUR);
-            prepare::<F, T, R>(p, &tokens, 0, n, prepared);
-            multiply::<F, T, R>(p, &tokens, 0, n, prepared, &mut sums);
-        } else {
-            // With several tokens, whose products are what takes the time, four blocks are prepared before those that come
-            // first are multiplied. One token waits for memory, which is read fastest front to back.
-            let ahead = if T == 1 { 0 } else { FOUR };
-            if ahead > 0 {
-                prepare::<F, T, R>(p, &tokens, 0, n_blocks.min(FOUR), prepared);
-            }
-            for b in (0..n_blocks).step_by(FOUR) {
-                let next = b + ahead;
-                if next < n_blocks {
-                    let to = prepared.add(next / FOUR % 2);
-                    prepare::<F, T, R>(
-                        p.add(next * F::BYTES),
-                        &tokens,
-                        next,
-                        (n_blocks - next).min(FOUR),
-                        to,
-                    );
-                }
-                let (p, n, prepared) = (p.add(b * F::BYTES), n_blocks - b, prepared.add(b / FOUR % 2));
-                match n < FOUR {
-                    false => multiply::<F, T, R>(p, &tokens, b, FOUR, prepared, &mut sums),
-                    true => multiply::<F, T, R>(p, &tokens, b, n, prepared, &mut sums),
-                }
-            }
+            return four_large_rows::<F, T>(p, &tokens, n_rows, out, r);
         }
-        for i in 0..T {
-            for j in 0..R {
-                out[i][r + j] = sum_four(fold(sums.products[i][j]));
-                if F::HAS_MINS {
-                    out[i][r + j] -= sum_four(mins_of::<F, R>(&sums.mins[i], j));
-                }
+        // What several tokens share are the codes of a row; with those of two there would be too few registers.
+        if T == 1 && n_blocks.is_multiple_of(FOUR) {
+            return two_large_rows::<F>(p, &tokens[0], n_blocks, n_rows - 1, &mut out[0], r);
+        }
+        for k in 0..n_rows {
+            one_large_row::<F, T>(p.add(k * n_blocks * F::BYTES), &tokens, n_blocks, out, r + k);
+        }
+    }
+}
+
+/// The first `n` of four rows of one block, the first of them at `p`.
+#[inline(always)]
+unsafe fn four_large_rows<F: Wide, const T: usize>(
+    p: *const u8,
+    x: &[Token; T],
+    n: usize,
+    out: &mut [[f32; LANES]; TOKENS],
+    r: usize,
+) {
+    let zero = _mm512_setzero_ps();
+    let mut sums = LargeSums { products: [[zero; FOUR]; T], mins: [[zero; 2]; T] };
+    let mut room = [const { MaybeUninit::<Prepared<T>>::uninit() }; 1];
+    let prepared = in_memory(&mut room);
+    prepare::<F, T, FOUR>(p, x, 0, n, prepared);
+    multiply::<F, T, FOUR>(p, x, 0, n, prepared, &mut sums);
+    for i in 0..T {
+        for j in 0..FOUR {
+            out[i][r + j] = sum_four(fold(sums.products[i][j]));
+            if F::HAS_MINS {
+                out[i][r + j] -= sum_four(mins_of::<F>(&sums.mins[i], j));
             }
         }
     }
 }
 
-/// The minimums of row `j` of `R`, down to four lanes.
+/// A row of `n_blocks` blocks at `p`. Four blocks are prepared before those that come first are multiplied.
 #[inline(always)]
-unsafe fn mins_of<F: Wide, const R: usize>(mins: &[__m512; 2], j: usize) -> __m128 {
-    match (R, F::SUB) {
-        (1, _) => fold(mins[0]),
-        (_, 32) => match j {
+unsafe fn one_large_row<F: Wide, const T: usize>(
+    p: *const u8,
+    x: &[Token; T],
+    n_blocks: usize,
+    out: &mut [[f32; LANES]; TOKENS],
+    r: usize,
+) {
+    let zero = _mm512_setzero_ps();
+    let mut sums = LargeSums { products: [[zero; 1]; T], mins: [[zero; 2]; T] };
+    let mut room = [const { MaybeUninit::<Prepared<T>>::uninit() }; 2];
+    let prepared = in_memory(&mut room);
+    prepare::<F, T, 1>(p, x, 0, n_blocks.min(FOUR), prepared);
+    for b in (0..n_blocks).step_by(FOUR) {
+        let next = b + FOUR;
+        if next < n_blocks {
+            let to = prepared.add(next / FOUR % 2);
+            prepare::<F, T, 1>(p.add(next * F::BYTES), x, next, (n_blocks - next).min(FOUR), to);
+        }
+        let (p, n, prepared) = (p.add(b * F::BYTES), n_blocks - b, prepared.add(b / FOUR % 2));
+        match n < FOUR {
+            false => multiply::<F, T, 1>(p, x, b, FOUR, prepared, &mut sums),
+            true => multiply::<F, T, 1>(p, x, b, n, prepared, &mut sums),
+        }
+    }
+    for i in 0..T {
+        out[i][r] = sum_four(fold(sums.products[i][0]));
+        if F::HAS_MINS {
+            out[i][r] -= sum_four(fold(sums.mins[i][0]));
+        }
+    }
+}
+
+/// Two rows of `n_blocks` blocks, a multiple of four, times one token: the first at `p`, the other `second` rows further on.
+/// Four blocks of both are prepared before those that come first are multiplied.
+#[inline(always)]
+unsafe fn two_large_rows<F: Wide>(
+    p: *const u8,
+    x: &Token,
+    n_blocks: usize,
+    second: usize,
+    out: &mut [f32; LANES],
+    r: usize,
+) {
+    let x = &[*x];
+    let (row_bytes, zero) = (n_blocks * F::BYTES, _mm512_setzero_ps());
+    let rows = [p, p.add(second * row_bytes)];
+    let (mut products, mut mins) = ([zero; PAIR], [zero; PAIR]);
+    let mut room = [const { MaybeUninit::<Prepared<1>>::uninit() }; 2 * PAIR];
+    let prepared = in_memory(&mut room);
+    for k in 0..PAIR {
+        prepare::<F, 1, 1>(rows[k], x, 0, FOUR, prepared.add(k));
+    }
+    for b in (0..n_blocks).step_by(FOUR) {
+        let next = b + FOUR;
+        if next < n_blocks {
+            let to = prepared.add(next / FOUR % 2 * PAIR);
+            for k in 0..PAIR {
+                prepare::<F, 1, 1>(rows[k].add(next * F::BYTES), x, next, FOUR, to.add(k));
+            }
+        }
+        let prepared = prepared.add(b / FOUR % 2 * PAIR);
+        let now = each!([p; PAIR], k => rows[k].add(b * F::BYTES));
+        let fetch = |i| {
+            let p = p.wrapping_add(PAIR * b * F::BYTES);
+            fetch_pair(p, row_bytes, lines_of_step(PAIR * FOUR * F::BYTES, i, 4 * FOUR));
+        };
+        pair_block::<F, 0>(&now, &x[0], b, prepared, fetch, &mut products);
+        pair_block::<F, 1>(&now, &x[0], b, prepared, fetch, &mut products);
+        pair_block::<F, 2>(&now, &x[0], b, prepared, fetch, &mut products);
+        pair_block::<F, 3>(&now, &x[0], b, prepared, fetch, &mut products);
+        for h in 0..if F::HAS_MINS { 32 / F::SUB } else { 0 } {
+            let x_sums = _mm512_loadu_si512(x[0].sums.add(b * 512 / F::SUB + 64 * h).cast());
+            for k in 0..PAIR {
+                mins[k] = add_mins::<F, 1>(prepared.add(k), 0, h, x_sums, mins[k]);
+            }
+        }
+    }
+    for k in 0..PAIR {
+        out[r + k] = sum_four(fold(products[k]));
+        if F::HAS_MINS {
+            out[r + k] -= sum_four(fold(mins[k]));
+        }
+    }
+}
+
+/// Room for what is prepared that the compiler has to keep in memory, see [`Prepared`].
+#[inline(always)]
+fn in_memory<const T: usize>(room: &mut [MaybeUninit<Prepared<T>>]) -> *mut Prepared<T> {
+    black_box(room.as_mut_ptr()).cast()
+}
+
+/// The minimums of row `j` of four, down to four lanes.
+#[inline(always)]
+unsafe fn mins_of<F: Wide>(mins: &[__m512; 2], j: usize) -> __m128 {
+    match F::SUB {
+        32 => match j {
             0 => _mm512_castps512_ps128(mins[0]),
             1 => _mm512_extractf32x4_ps::<1>(mins[0]),
             2 => _mm512_extractf32x4_ps::<2>(mins[0]),
@@ -554,21 +658,32 @@ unsafe fn multiply<F: Wide, const T: usize, const R: usize>(
     large_block::<F, T, R, 3>(&p, x, b, n, prepared, sums);
     if F::HAS_MINS {
         for i in 0..T {
-            let dmin = _mm512_castps128_ps512(_mm_loadu_ps((&raw const (*prepared).dmin[i]).cast()));
             for h in 0..32 / F::SUB {
                 let x_sums = match (R, F::SUB) {
                     (1, _) => _mm512_loadu_si512(x[i].sums.add(b * 512 / F::SUB + 64 * h).cast()),
                     (_, 32) => _mm512_broadcast_i32x4(_mm_loadu_si128(x[i].sums.cast())),
                     _ => _mm512_broadcast_i64x4(_mm256_loadu_si256(x[i].sums.cast())),
                 };
-                let mins = _mm512_loadu_si512((&raw const (*prepared).mins[h]).cast());
-                let dots = _mm512_cvtepi32_ps(_mm512_madd_epi16(mins, x_sums));
-                let factors = _mm512_permutexvar_ps(mins_blocks::<F>(h), dmin);
                 let sum = &mut sums.mins[i][if R == 1 { 0 } else { h }];
-                *sum = _mm512_fmadd_ps(dots, factors, *sum);
+                *sum = add_mins::<F, T>(prepared, i, h, x_sums, *sum);
             }
         }
     }
+}
+
+/// Adds what minimums `mins[h]` of four blocks take from the products of token `i`, whose sums of sub-blocks are `x_sums`.
+#[inline(always)]
+unsafe fn add_mins<F: Wide, const T: usize>(
+    prepared: *const Prepared<T>,
+    i: usize,
+    h: usize,
+    x_sums: __m512i,
+    sum: __m512,
+) -> __m512 {
+    let dmin = _mm512_castps128_ps512(_mm_loadu_ps((&raw const (*prepared).dmin[i]).cast()));
+    let mins = _mm512_loadu_si512((&raw const (*prepared).mins[h]).cast());
+    let dots = _mm512_cvtepi32_ps(_mm512_madd_epi16(mins, x_sums));
+    _mm512_fmadd_ps(dots, _mm512_permutexvar_ps(mins_blocks::<F>(h), dmin), sum)
 }
 
 /// Block `J` of four, if it is one of the `n` that exist.
@@ -589,23 +704,53 @@ unsafe fn large_block<F: Wide, const T: usize, const R: usize, const J: usize>(
     let mut dots = [_mm512_setzero_si512(); T];
     for v in 0..4 {
         fetch_ahead(p[0], FOUR * F::BYTES, 4 * J + v, 4 * FOUR);
-        let scale = F::spread_scales((&raw const (*prepared).scales).cast::<i16>().add(J * 256 / F::SUB), v);
+        let scale = scales_of::<F, T, J>(prepared, v);
         for i in 0..T {
             // No lane overflows: it gets 16 products of at most 63·127 times a scale of at most 128, or of
             // 127·127 times one of at most 32.
-            let at = 256 * b + 64 * v;
-            let extra = match F::EXTRA {
-                true => _mm512_loadu_si512(x[i].extra.add(at).cast()),
-                false => _mm512_setzero_si512(),
-            };
-            let pairs = F::pairs(codes[v], _mm512_loadu_si512(x[i].codes.add(at).cast()), extra);
-            dots[i] = dot_words(dots[i], pairs, scale);
+            let (codes_of_x, extra) = x[i].vector::<F>(256 * b + 64 * v);
+            dots[i] = dot_words(dots[i], F::pairs(codes[v], codes_of_x, extra), scale);
         }
     }
     for i in 0..T {
         let sum = &mut sums.products[i][J * R / FOUR];
         *sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[i]), _mm512_set1_ps((*prepared).d[i][J]), *sum);
     }
+}
+
+/// Block `J` of four of two rows, which begin at `p`; `fetch(i)` is told of each of sixteen steps through the four.
+#[inline(always)]
+unsafe fn pair_block<F: Wide, const J: usize>(
+    p: &[*const u8; PAIR],
+    x: &Token,
+    b: usize,
+    prepared: *const Prepared<1>,
+    fetch: impl Fn(usize),
+    sums: &mut [__m512; PAIR],
+) {
+    let codes = each!([[_mm512_setzero_si512(); 4]; PAIR], k => F::codes64(p[k].add(J * F::BYTES)));
+    let mut dots = [_mm512_setzero_si512(); PAIR];
+    for v in 0..4 {
+        fetch(4 * J + v);
+        let (codes_of_x, extra) = x.vector::<F>(256 * (b + J) + 64 * v);
+        for k in 0..PAIR {
+            let scale = scales_of::<F, 1, J>(prepared.add(k), v);
+            dots[k] = dot_words(dots[k], F::pairs(codes[k][v], codes_of_x, extra), scale);
+        }
+    }
+    for k in 0..PAIR {
+        let d = _mm512_set1_ps((*prepared.add(k)).d[0][J]);
+        sums[k] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[k]), d, sums[k]);
+    }
+}
+
+/// The scale of each pair of codes of vector `v` of block `J`.
+#[inline(always)]
+unsafe fn scales_of<F: Wide, const T: usize, const J: usize>(
+    prepared: *const Prepared<T>,
+    v: usize,
+) -> __m512i {
+    F::spread_scales((&raw const (*prepared).scales).cast::<i16>().add(J * 256 / F::SUB), v)
 }
 
 /// Which of four blocks each lane of `mins[h]` belongs to.
