@@ -485,10 +485,7 @@ unsafe fn four_large_rows<F: Wide, const T: usize>(
     multiply::<F, T, FOUR>(p, x, 0, n, prepared, &mut sums);
     for i in 0..T {
         for j in 0..FOUR {
-            out[i][r + j] = sum_four(fold(sums.products[i][j]));
-            if F::HAS_MINS {
-                out[i][r + j] -= sum_four(mins_of::<F>(&sums.mins[i], j));
-            }
+            out[i][r + j] = row_sum::<F>(sums.products[i][j], mins_of::<F>(&sums.mins[i], j));
         }
     }
 }
@@ -520,10 +517,7 @@ unsafe fn one_large_row<F: Wide, const T: usize>(
         }
     }
     for i in 0..T {
-        out[i][r] = sum_four(fold(sums.products[i][0]));
-        if F::HAS_MINS {
-            out[i][r] -= sum_four(fold(sums.mins[i][0]));
-        }
+        out[i][r] = row_sum::<F>(sums.products[i][0], fold(sums.mins[i][0]));
     }
 }
 
@@ -573,11 +567,15 @@ unsafe fn two_large_rows<F: Wide>(
         }
     }
     for k in 0..PAIR {
-        out[r + k] = sum_four(fold(products[k]));
-        if F::HAS_MINS {
-            out[r + k] -= sum_four(fold(mins[k]));
-        }
+        out[r + k] = row_sum::<F>(products[k], fold(mins[k]));
     }
+}
+
+/// What a row comes to: the sum of its products, less what its minimums take from it.
+#[inline(always)]
+unsafe fn row_sum<F: Wide>(products: __m512, mins: __m128) -> f32 {
+    let sum = sum_four(fold(products));
+    if F::HAS_MINS { sum - sum_four(mins) } else { sum }
 }
 
 /// Room for what is prepared that the compiler has to keep in memory, see [`Prepared`].
