@@ -21,6 +21,7 @@ pub mod kl_base;
 pub mod limits;
 #[allow(unsafe_code)] // the map, and the handler of its faults
 pub mod map;
+pub mod proc;
 pub mod tokenizer;
 pub mod weight_type;
 

@@ -50,6 +50,23 @@ impl Map {
         Ok(Self(Arc::new(Inner { path: path.to_owned(), bytes: Bytes::File { map, file, stamp, slot } })))
     }
 
+    /// Brings the file into memory front to back, if memory has room for it and not all of it is there, as far as
+    /// [`SAMPLES`] of its pages tell. For a file of which everything will be used, before several threads use it: those
+    /// that touch a file for the first time move its one window of reading ahead together, and where they cross the
+    /// system takes small pages.
+    ///
+    /// Nothing is promised: what cannot be read shows when it is touched.
+    pub fn preload(&self) {
+        #[cfg(target_os = "linux")]
+        if let Bytes::File { map, .. } = &self.0.bytes {
+            let has_room =
+                || crate::proc::available_bytes().is_none_or(|available| map.len() as u64 <= available);
+            if !sampled_are_cached(map) && has_room() {
+                let _ = map.advise(memmap2::Advice::PopulateRead);
+            }
+        }
+    }
+
     /// Bytes in memory in place of a file that `path` names in errors.
     pub fn from_bytes(path: &Path, bytes: Vec<u8>) -> Self {
         Self(Arc::new(Inner { path: path.to_owned(), bytes: Bytes::Memory(bytes) }))
@@ -95,6 +112,25 @@ fn changed(path: &Path) -> Error {
         .file(path)
         .what("mapped file")
         .expected("the file that was opened, unchanged")
+}
+
+/// How many pages of a map are looked at to tell whether it is in the page cache.
+#[cfg(target_os = "linux")]
+const SAMPLES: usize = 64;
+
+/// Whether [`SAMPLES`] pages, evenly spread over the map, are in the page cache; true if the system does not tell.
+#[cfg(target_os = "linux")]
+fn sampled_are_cached(map: &memmap2::Mmap) -> bool {
+    /// A multiple of every system's page size.
+    const PAGE_BYTES: usize = 64 << 10;
+    (0..SAMPLES).all(|i| {
+        let at = map.len() / PAGE_BYTES * i / SAMPLES * PAGE_BYTES;
+        let mut state = 1;
+        // SAFETY: the page begins within the map, or at the beginning of an empty one, for which the call fails; one
+        // byte is written for one page.
+        let told = unsafe { libc::mincore(map.as_ptr().add(at).cast_mut().cast(), 1, &raw mut state) };
+        told != 0 || state & 1 != 0
+    })
 }
 
 impl Deref for Map {
@@ -288,4 +324,31 @@ pub fn open_regular(path: &Path) -> Result<File> {
             .found(if meta.is_dir() { "a folder" } else { "a pipe, device or socket" }));
     }
     File::open(path).map_err(|e| Error::io(path, "opening the file", e))
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+    use rustix::fs::{Advice, fadvise};
+
+    #[test]
+    fn preload_brings_a_file_into_memory() {
+        // Where the build's files are, since what lies in memory alone is always there.
+        let path = std::env::current_exe()
+            .expect("a path")
+            .with_extension(format!("{}.preload", std::process::id()));
+        std::fs::write(&path, vec![7; 8 << 20]).expect("writes");
+        let map = Map::open(&path).expect("maps");
+        let Bytes::File { map: bytes, file, .. } = &map.0.bytes else { panic!("a file") };
+        file.sync_all().expect("syncs");
+        fadvise(file, 0, None, Advice::DontNeed).expect("drops");
+        map.preload();
+        assert!(sampled_are_cached(bytes));
+        assert!(map.iter().all(|&byte| byte == 7));
+        // A file that has meanwhile lost its bytes is left to whoever touches them.
+        File::options().write(true).open(&path).and_then(|file| file.set_len(0)).expect("truncates");
+        assert!(!sampled_are_cached(bytes));
+        map.preload();
+        std::fs::remove_file(&path).expect("removes");
+    }
 }

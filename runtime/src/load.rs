@@ -61,6 +61,7 @@ impl Model {
     /// A model that executes the file's own bytes.
     pub fn from_gguf(file: &Gguf) -> Result<Self> {
         let facts = gguf::model_of(file)?;
+        file.preload();
         let source = GgufSource { file };
         // Beside each other, since the vocabulary takes longest of all that opening does.
         let (tokenizer, model) = at_once(

@@ -7,6 +7,7 @@ use crate::output::{self, Table};
 use crate::progress::Steps;
 use clap::Args;
 use kestrel_formats::Result;
+use kestrel_formats::proc::{available_bytes, kib_line};
 use kestrel_runtime::kernels::peak::{Limits, READ_BYTES, Reading};
 use kestrel_runtime::state::State;
 use kestrel_runtime::{Batch, Work};
@@ -304,7 +305,7 @@ fn table(args: &BenchArgs, runs: &[Measured]) -> String {
 /// How much memory the rate of reading is measured on: [`READ_BYTES`], or a quarter of what is left beside a model of so many
 /// bytes if that is less.
 fn read_bytes(model_bytes: u64) -> usize {
-    let available = kib_line("/proc/meminfo", "MemAvailable:").unwrap_or(u64::MAX);
+    let available = available_bytes().unwrap_or(u64::MAX);
     (available.saturating_sub(model_bytes) / 4).clamp(1 << 20, READ_BYTES as u64) as usize
 }
 
@@ -364,13 +365,6 @@ fn most(figures: &[f64]) -> Option<f64> {
     figures.iter().copied().max_by(f64::total_cmp)
 }
 
-/// The figure of a line of `NAME: … kB`, in bytes; none where there is no such line.
-fn kib_line(path: &str, name: &str) -> Option<u64> {
-    let text = std::fs::read_to_string(path).ok()?;
-    let rest = text.lines().find_map(|line| line.strip_prefix(name))?;
-    rest.split_whitespace().next()?.parse::<u64>().ok()?.checked_mul(1024)
-}
-
 /// A linear congruential generator (Knuth's MMIX constants): any fixed sequence does.
 struct Tokens {
     state: u64,
@@ -399,15 +393,5 @@ mod tests {
         assert_eq!(median(&[3.0, 1.0]), Some(2.0));
         assert_eq!(median(&[]), None);
         assert_eq!((least(&[3.0, 1.0, 2.0]), most(&[3.0, 1.0, 2.0])), (Some(1.0), Some(3.0)));
-    }
-
-    #[test]
-    fn the_process_knows_its_memory() {
-        if cfg!(target_os = "linux") {
-            assert!(kib_line("/proc/self/status", "RssAnon:").unwrap() > 0);
-            assert!(kib_line("/proc/meminfo", "MemAvailable:").unwrap() > 1 << 20);
-        }
-        assert_eq!(kib_line("/proc/self/status", "NoSuchLine:"), None);
-        assert_eq!(kib_line("/no/such/file", "RssAnon:"), None);
     }
 }

@@ -43,6 +43,13 @@ impl Opened {
         Ok(self.map.get_or_init(|| map))
     }
 
+    /// Brings the file into memory if it is mapped, see [`Map::preload`].
+    pub(crate) fn preload(&self) {
+        if let Some(map) = self.map.get() {
+            map.preload();
+        }
+    }
+
     /// Fills `buf` from `offset`, from the map if there is one. Positioned, so threads may read at once.
     ///
     /// Errors: `Changed` if the file ends early, so has shrunk since its size was checked; `Io`.

@@ -119,7 +119,8 @@ impl Checkpoint {
 
     /// The same, for a folder whose weights are used where they lie: shards are mapped before anything of them is read.
     /// The map asks the system for large pages, which it makes of what is not in its cache yet; had a header or a list
-    /// of scales been read from the file first, what lies around each would stay in small ones.
+    /// of scales been read from the file first, what lies around each would stay in small ones. Once their headers are
+    /// known to be right, they are brought into memory, see [`Map::preload`].
     pub fn open_mapped(dir: &Path) -> Result<Self> {
         Self::open_with(dir, |shard| shard.map().map(|_| ()))
     }
@@ -142,6 +143,8 @@ impl Checkpoint {
         let n_layer = config.n_layer_at_most();
         let (shards, raw) = open_shards(&folder, index.as_ref(), n_layer, prepare, &mut warnings)?;
         drop(index);
+        // What quantized a tensor lies beside it, all over the shards.
+        shards.iter().for_each(|shard| shard.opened.preload());
         let tensors = bitsandbytes::assemble(&raw, &shards)?;
         drop(raw);
         warnings.extend(Declared::warning(config.quantization, &tensors));

@@ -209,6 +209,11 @@ impl Gguf {
         Some(TensorView { info, bytes: &map[range] })
     }
 
+    /// Brings the parts into memory, see [`Map::preload`].
+    pub fn preload(&self) {
+        self.parts.iter().for_each(|part| part.map.preload());
+    }
+
     /// Map and byte range of a tensor of this file, for whoever keeps a clone of the map.
     pub fn map_of(&self, t: &TensorInfo) -> (&Map, Range<usize>) {
         // Both ends were checked against the map's length, a usize.
