@@ -1,8 +1,8 @@
 //! What the products with few tokens have in common: the walk over rows and tokens, and fetching ahead.
 //!
 //! A decoded token reads every weight once, and a processor reads memory fastest front to back: rows are taken one
-//! after the other, and four consecutive blocks of a row together (on two Granite Rapids cores 35 of 37 GB/s, where eight
-//! rows side by side got 20).
+//! after the other, or in pairs that are fetched so, and four consecutive blocks of a row together (on two Granite Rapids
+//! cores 35 of 37 GB/s, where eight rows side by side got 20).
 
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for `Matmul`'s contract and for pointers to whole rows
 

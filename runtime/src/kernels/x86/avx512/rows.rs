@@ -30,10 +30,7 @@ pub(super) unsafe fn small<F: Four>(job: &Job<'_>, scratch: &mut Scratch) {
     let tokens = small_tokens::<F>(job, scratch);
     match job.weights.cols {
         256 if F::BESIDE => walk(&Small::<F, FOUR> { tokens, of: PhantomData }, job),
-        cols if F::BESIDE && cols.is_multiple_of(32 * LANES) => {
-            walk(&Small::<F, PAIR> { tokens, of: PhantomData }, job);
-        }
-        _ => walk(&Small::<F, 1> { tokens, of: PhantomData }, job),
+        _ => walk(&Small::<F, PAIR> { tokens, of: PhantomData }, job),
     }
 }
 
@@ -165,11 +162,11 @@ unsafe fn fold(x: __m512) -> __m128 {
     fold_eight(_mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps::<1>(x)))
 }
 
-/// Rows that go together, so that both use the activations that are loaded: those with scales beside them, and one token's
-/// of blocks of 256.
+/// Rows that go together, so that both use the activations that are loaded: those with scales beside them, those of other
+/// blocks of 32 with several tokens, and those of blocks of 256 with one.
 const PAIR: usize = 2;
 
-/// Rows of blocks of 32, `R` at a time: one, a pair, or four short ones. A row has sixteen lanes of a sum: four blocks', four each.
+/// Rows of blocks of 32, `R` at a time: a pair, or four short ones. A row has sixteen lanes of a sum: four blocks', four each.
 struct Small<F, const R: usize> {
     tokens: [Token; INT_PANEL_TOKENS],
     of: PhantomData<F>,
@@ -196,33 +193,46 @@ impl<F: Four, const R: usize> Few for Small<F, R> {
     ) {
         let (p, n_blocks) = (job.weights.row_of(row, 32, F::BYTES), job.weights.cols / 32);
         let tokens = each!([self.tokens[0]; T], i => self.tokens[t + i]);
-        if R == PAIR {
-            // A last row without another is its own.
-            let rows = row..(row + PAIR).min(job.rows.end);
-            let scales = RowScales::of(&job.weights, rows.clone());
-            return two_rows::<F, T>(p, &scales, &tokens, n_blocks, rows.len() - 1, out, r);
+        let n_rows = (job.rows.end - row).min(R);
+        let scales = F::BESIDE.then(|| RowScales::of(&job.weights, row..row + n_rows));
+        match &scales {
+            Some(scales) if R == FOUR => return four_rows::<F, T>(p, scales, &tokens, n_rows, out, r),
+            Some(scales) if n_blocks.is_multiple_of(LANES) => {
+                return two_beside_rows::<F, T>(p, scales, &tokens, n_blocks, n_rows - 1, out, r);
+            }
+            // One token's activations are loaded fast enough, and memory is read faster row after row.
+            None if T > 1 && n_blocks.is_multiple_of(FOUR) => {
+                return two_small_rows::<F, T>(p, &tokens, n_blocks, n_rows - 1, out, r);
+            }
+            _ => {}
         }
-        if R == FOUR {
-            let rows = row..(row + FOUR).min(job.rows.end);
-            return four_rows::<F, T>(
-                p,
-                &RowScales::of(&job.weights, rows.clone()),
-                &tokens,
-                rows.len(),
-                out,
-                r,
-            );
+        for k in 0..n_rows {
+            let (p, row) = (p.add(k * n_blocks * F::BYTES), row + k);
+            let scales = F::BESIDE.then(|| RowScales::of(&job.weights, row..row + 1));
+            let mut sums = SmallSums::zeros();
+            let whole = n_blocks / LANES * LANES;
+            // What is left is a call of its own, so that the number of the others is a constant.
+            for b in (0..whole).step_by(LANES) {
+                some_blocks::<F, T>(p, scales.as_ref(), &tokens, b, LANES, &mut sums);
+            }
+            if whole < n_blocks {
+                some_blocks::<F, T>(p, scales.as_ref(), &tokens, whole, n_blocks - whole, &mut sums);
+            }
+            SmallSums::put::<F, T>(&sums, out, r + k);
         }
-        let mut sums = [SmallSums { products: _mm512_setzero_ps(), offsets: _mm_setzero_ps() }; T];
-        let scales = F::BESIDE.then(|| RowScales::of(&job.weights, row..row + 1));
-        let whole = n_blocks / LANES * LANES;
-        // What is left is a call of its own, so that the number of the others is a constant.
-        for b in (0..whole).step_by(LANES) {
-            some_blocks::<F, T>(p, scales.as_ref(), &tokens, b, LANES, &mut sums);
-        }
-        if whole < n_blocks {
-            some_blocks::<F, T>(p, scales.as_ref(), &tokens, whole, n_blocks - whole, &mut sums);
-        }
+    }
+}
+
+impl SmallSums {
+    /// Of `T` tokens.
+    #[inline(always)]
+    unsafe fn zeros<const T: usize>() -> [Self; T] {
+        [Self { products: _mm512_setzero_ps(), offsets: _mm_setzero_ps() }; T]
+    }
+
+    /// What the row comes to with each token, to `out[token][r]`.
+    #[inline(always)]
+    unsafe fn put<F: Four, const T: usize>(sums: &[Self; T], out: &mut [[f32; LANES]; TOKENS], r: usize) {
         for i in 0..T {
             out[i][r] = sum_four(fold(sums[i].products));
             if F::HAS_M {
@@ -341,7 +351,7 @@ unsafe fn four_rows<F: Four, const T: usize>(
         let factors = each!([d; T], i => _mm512_mul_ps(d, x_scales[i]));
         for row in 0..n_rows {
             let p = p.add((row0 + row) * BLOCKS * F::BYTES);
-            let mut sums = [SmallSums { products: _mm512_setzero_ps(), offsets: _mm_setzero_ps() }; T];
+            let mut sums = SmallSums::zeros();
             for b in [0, FOUR] {
                 let p = p.add(b * F::BYTES);
                 fetch_ahead(p, FOUR * F::BYTES, 0, 1);
@@ -350,9 +360,7 @@ unsafe fn four_rows<F: Four, const T: usize>(
                     add_four::<F>(codes, spread_four(factors[i], row * BLOCKS + b), &x[i], b, &mut sums[i]);
                 }
             }
-            for i in 0..T {
-                out[i][r + row0 + row] = sum_four(fold(sums[i].products));
-            }
+            SmallSums::put::<F, T>(&sums, out, r + row0 + row);
         }
     }
 }
@@ -360,7 +368,7 @@ unsafe fn four_rows<F: Four, const T: usize>(
 /// Two rows of `n_blocks` blocks whose scales lie beside them, the first at `p`, the other `second` rows further on: both use
 /// the activations that are loaded.
 #[inline(always)]
-unsafe fn two_rows<F: Four, const T: usize>(
+unsafe fn two_beside_rows<F: Four, const T: usize>(
     p: *const u8,
     scales: &RowScales<'_>,
     x: &[Token; T],
@@ -370,7 +378,7 @@ unsafe fn two_rows<F: Four, const T: usize>(
     r: usize,
 ) {
     let (row_bytes, four_bytes) = (n_blocks * F::BYTES, FOUR * F::BYTES);
-    let mut sums = [[SmallSums { products: _mm512_setzero_ps(), offsets: _mm_setzero_ps() }; PAIR]; T];
+    let mut sums = [SmallSums::zeros::<T>(); PAIR];
     for b in (0..n_blocks).step_by(LANES) {
         let d = [scales.sixteen(b, LANES), scales.sixteen(second * n_blocks + b, LANES)];
         let x_scales = each!([d[0]; T], i => _mm512_loadu_ps(x[i].scales.add(b)));
@@ -379,37 +387,84 @@ unsafe fn two_rows<F: Four, const T: usize>(
             let at = (b + j) * F::BYTES;
             let mut codes = [[_mm512_setzero_si512(); 2]; PAIR];
             for k in 0..PAIR {
-                fetch_pair(
-                    p.wrapping_add(PAIR * at + k * four_bytes),
-                    row_bytes,
-                    lines_of_step(four_bytes, 0, 1),
-                );
+                let read = p.wrapping_add(PAIR * at + k * four_bytes);
+                fetch_pair(read, row_bytes, BESIDE_AHEAD, lines_of_step(four_bytes, 0, 1));
                 codes[k] = F::four(&four_blocks(p.add(k * second * row_bytes + at), F::BYTES, FOUR));
             }
             for i in 0..T {
                 for k in 0..PAIR {
-                    add_four::<F>(codes[k], spread_four(factors[i][k], j), &x[i], b + j, &mut sums[i][k]);
+                    add_four::<F>(codes[k], spread_four(factors[i][k], j), &x[i], b + j, &mut sums[k][i]);
                 }
             }
         }
     }
-    for i in 0..T {
-        for k in 0..PAIR {
-            out[i][r + k] = sum_four(fold(sums[i][k].products));
-        }
+    for k in 0..PAIR {
+        SmallSums::put::<F, T>(&sums[k], out, r + k);
     }
 }
+
+/// The same of rows with their scales in the blocks, of which `n_blocks` is a multiple of four.
+#[inline(always)]
+unsafe fn two_small_rows<F: Four, const T: usize>(
+    p: *const u8,
+    x: &[Token; T],
+    n_blocks: usize,
+    second: usize,
+    out: &mut [[f32; LANES]; TOKENS],
+    r: usize,
+) {
+    let (row_bytes, four_bytes) = (n_blocks * F::BYTES, FOUR * F::BYTES);
+    let mut sums = [SmallSums::zeros::<T>(); PAIR];
+    for b in (0..n_blocks).step_by(FOUR) {
+        let at = b * F::BYTES;
+        let mut codes = [[_mm512_setzero_si512(); 2]; PAIR];
+        let (mut d, mut m) = ([_mm_setzero_ps(); PAIR], [_mm_setzero_ps(); PAIR]);
+        for k in 0..PAIR {
+            let read = p.wrapping_add(PAIR * at);
+            fetch_pair(read, row_bytes, AHEAD, lines_of_step(PAIR * four_bytes, k, PAIR));
+            let p = four_blocks(p.add(k * second * row_bytes + at), F::BYTES, FOUR);
+            d[k] = f16_four::<F>(&p, 0, FOUR);
+            if F::HAS_M {
+                m[k] = f16_four::<F>(&p, 2, FOUR);
+            }
+            codes[k] = F::four(&p);
+        }
+        for i in 0..T {
+            let x_scales = _mm_loadu_ps(x[i].scales.add(b));
+            for k in 0..PAIR {
+                let factors = _mm512_castps128_ps512(_mm_mul_ps(d[k], x_scales));
+                add_four::<F>(codes[k], spread_four(factors, 0), &x[i], b, &mut sums[k][i]);
+                if F::HAS_M {
+                    let terms = _mm_loadu_ps(x[i].sums.add(4 * b).cast());
+                    sums[k][i].offsets = _mm_fmadd_ps(m[k], terms, sums[k][i].offsets);
+                }
+            }
+        }
+    }
+    for k in 0..PAIR {
+        SmallSums::put::<F, T>(&sums[k], out, r + k);
+    }
+}
+
+/// How far ahead of what is read lines are fetched into the first-level cache and into the second-level one.
+#[derive(Clone, Copy)]
+struct Ahead {
+    near_bytes: usize,
+    far_bytes: usize,
+}
+
+const AHEAD: Ahead = Ahead { near_bytes: 2048, far_bytes: 16384 };
+/// Beside the codes there are lines of scales under way.
+const BESIDE_AHEAD: Ahead = Ahead { near_bytes: 512, far_bytes: 12288 };
 
 /// Fetches ahead for a pair of rows as if they were read front to back, which memory does best: of what is read in turns
 /// from both, `p` is as far from the pair's beginning as has been read. The second row is needed as soon as the first, so the
 /// distances count from a row further on.
 #[inline(always)]
-fn fetch_pair(p: *const u8, row_bytes: usize, lines: Range<usize>) {
-    const NEAR_BYTES: usize = 2048;
-    const FAR_BYTES: usize = 8 * NEAR_BYTES;
+fn fetch_pair(p: *const u8, row_bytes: usize, ahead: Ahead, lines: Range<usize>) {
     for line in lines {
         let p = p.wrapping_add(row_bytes + 64 * line);
-        fetch_two(p.wrapping_add(NEAR_BYTES), p.wrapping_add(FAR_BYTES));
+        fetch_two(p.wrapping_add(ahead.near_bytes), p.wrapping_add(ahead.far_bytes));
     }
 }
 
@@ -553,7 +608,7 @@ unsafe fn two_large_rows<F: Wide>(
         let now = each!([p; PAIR], k => rows[k].add(b * F::BYTES));
         let fetch = |i| {
             let p = p.wrapping_add(PAIR * b * F::BYTES);
-            fetch_pair(p, row_bytes, lines_of_step(PAIR * FOUR * F::BYTES, i, 4 * FOUR));
+            fetch_pair(p, row_bytes, AHEAD, lines_of_step(PAIR * FOUR * F::BYTES, i, 4 * FOUR));
         };
         pair_block::<F, 0>(&now, &x[0], b, prepared, fetch, &mut products);
         pair_block::<F, 1>(&now, &x[0], b, prepared, fetch, &mut products);
