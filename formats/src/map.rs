@@ -51,7 +51,7 @@ impl Map {
     }
 
     /// Brings the file into memory front to back, if memory has room for it and not all of it is there, as far as
-    /// [`SAMPLES`] of its pages tell. For a file of which everything will be used, before several threads use it: those
+    /// a sample of its pages tells. For a file of which everything will be used, before several threads use it: those
     /// that touch a file for the first time move its one window of reading ahead together, and where they cross the
     /// system takes small pages.
     ///

@@ -325,6 +325,13 @@ pub(crate) struct Scan<'a> {
     pub bc_stride: usize,
 }
 
+impl Scan<'_> {
+    /// The channels of block `b`, 16 or what is left.
+    fn channels(&self, b: usize) -> std::ops::Range<usize> {
+        b * LANES..self.d.len().min((b + 1) * LANES)
+    }
+}
+
 /// Per token, with Δ = softplus(dt + dt_bias): h := exp(Δ·A)·h + Δ·B·u; u := (C·h + D·u) · silu(z), in place.
 /// `u`, `z`, `dt` are [channel / 16][token][16], `state` (h) is [channel / 16][d_state][16].
 #[inline(always)]
@@ -335,59 +342,81 @@ pub(crate) unsafe fn scan<L: Lanes>(s: &Scan<'_>, u: &mut [f32], z: &[f32], dt: 
     assert!([u.len(), z.len(), dt.len()].iter().all(|&len| len >= n_blocks * s.run.n_all * LANES));
     let end = s.run.first + s.run.n_tokens;
     assert!(end <= s.run.n_all && (end == 0 || s.bc.len() >= (end - 1) * s.bc_stride + 2 * s.d_state));
+    if s.run.n_tokens == 1 {
+        // Each block has one chain, so that those of several blocks are made together.
+        for first in (0..n_blocks).step_by(TOGETHER) {
+            let blocks = first..n_blocks.min(first + TOGETHER);
+            let mut made = [Stateless { delta: L::splat(0.0), gate: L::splat(0.0) }; TOGETHER];
+            for (b, made) in blocks.clone().zip(&mut made) {
+                *made = Stateless::of(load_part(&s.dt_bias[s.channels(b)]), s.run.of_block(b).start, dt, z);
+            }
+            for (b, &made) in blocks.zip(&made) {
+                ScanBlock::of(s, b, &mut state[b * n..][..n]).step(s, 0, made, u);
+            }
+        }
+        return;
+    }
     for b in 0..n_blocks {
-        let h = &mut state[b * n..][..n];
+        let block = ScanBlock::of(s, b, &mut state[b * n..][..n]);
+        let bias: L = load_part(&s.dt_bias[s.channels(b)]);
+        let mut made = [Stateless { delta: bias, gate: bias }; TOGETHER];
+        for first in (0..s.run.n_tokens).step_by(TOGETHER) {
+            let tokens = first..s.run.n_tokens.min(first + TOGETHER);
+            for (t, made) in tokens.clone().zip(&mut made) {
+                *made = Stateless::of(bias, block.start + t * LANES, dt, z);
+            }
+            for (t, &made) in tokens.zip(&made) {
+                block.step(s, t, made, u);
+            }
+        }
+    }
+}
+
+/// A block of 16 channels of a scan.
+struct ScanBlock<L> {
+    /// Where the numbers of its first token are.
+    start: usize,
+    d: L,
+    /// (d_state, 16), as is `h`.
+    a: *const f32,
+    h: *mut f32,
+}
+
+impl<L: Lanes> ScanBlock<L> {
+    /// Block `b`, whose state is `h`.
+    #[inline(always)]
+    unsafe fn of(s: &Scan<'_>, b: usize, h: &mut [f32]) -> Self {
+        let a = &s.a[b * h.len()..][..h.len()];
         // Both are read once, front to back; the numbers that one token brings are soon done.
-        for (h, a) in h.chunks_exact(LANES).zip(s.a[b * n..][..n].chunks_exact(LANES)) {
+        for (h, a) in h.chunks_exact(LANES).zip(a.chunks_exact(LANES)) {
             L::fetch_ahead(h.as_ptr().cast());
             L::fetch_ahead(a.as_ptr().cast());
         }
-        let tokens = s.run.of_block(b);
-        scan_block::<L>(s, b, &mut u[tokens.clone()], &z[tokens.clone()], &dt[tokens], h);
+        let (start, d) = (s.run.of_block(b).start, load_part(&s.d[s.channels(b)]));
+        Self { start, d, a: a.as_ptr(), h: h.as_mut_ptr() }
+    }
+
+    /// Token `t`.
+    #[inline(always)]
+    unsafe fn step(&self, s: &Scan<'_>, t: usize, made: Stateless<L>, u: &mut [f32]) {
+        let u = u.as_mut_ptr().add(self.start + t * LANES);
+        let x = L::load(u);
+        let bc = s.bc.as_ptr().add((s.run.first + t) * s.bc_stride);
+        let Stateless { delta, gate } = made;
+        let token = Token { delta, delta_u: delta.mul(x), b: bc, c: bc.add(s.d_state) };
+        let mut y = [self.d.mul(x), L::splat(0.0)];
+        for i in (1..s.d_state).step_by(2) {
+            y = [token.advance(i - 1, self.a, self.h, y[0]), token.advance(i, self.a, self.h, y[1])];
+        }
+        if !s.d_state.is_multiple_of(2) {
+            y[0] = token.advance(s.d_state - 1, self.a, self.h, y[0]);
+        }
+        y[0].add(y[1]).mul(gate).store(u);
     }
 }
 
-/// Block `b` of 16 channels.
-#[inline(always)]
-unsafe fn scan_block<L: Lanes>(
-    s: &Scan<'_>,
-    b: usize,
-    u: &mut [f32],
-    z: &[f32],
-    dt: &[f32],
-    state: &mut [f32],
-) {
-    let channels = b * LANES..s.d.len().min((b + 1) * LANES);
-    let (d, bias) = (load_part::<L>(&s.d[channels.clone()]), load_part::<L>(&s.dt_bias[channels]));
-    let a = s.a[b * state.len()..][..state.len()].as_ptr();
-    let h = state.as_mut_ptr();
-    let mut made = [Stateless { delta: d, gate: d }; TOGETHER];
-    for first in (0..s.run.n_tokens).step_by(TOGETHER) {
-        let tokens = first..s.run.n_tokens.min(first + TOGETHER);
-        for (t, made) in tokens.clone().zip(&mut made) {
-            let at = t * LANES;
-            made.delta = softplus(L::load(dt.as_ptr().add(at)).add(bias));
-            made.gate = silu(L::load(z.as_ptr().add(at)));
-        }
-        for (t, &Stateless { delta, gate }) in tokens.zip(&made) {
-            let at = t * LANES;
-            let x = L::load(u.as_ptr().add(at));
-            let bc = s.bc.as_ptr().add((s.run.first + t) * s.bc_stride);
-            let token = Token { delta, delta_u: delta.mul(x), b: bc, c: bc.add(s.d_state) };
-            let mut y = [d.mul(x), L::splat(0.0)];
-            for i in (1..s.d_state).step_by(2) {
-                y = [token.advance(i - 1, a, h, y[0]), token.advance(i, a, h, y[1])];
-            }
-            if !s.d_state.is_multiple_of(2) {
-                y[0] = token.advance(s.d_state - 1, a, h, y[0]);
-            }
-            y[0].add(y[1]).mul(gate).store(u.as_mut_ptr().add(at));
-        }
-    }
-}
-
-/// Tokens whose [`Stateless`] is made together: each is a long chain of operations, for whose end the token's states
-/// wait, and the chains of several tokens fill each other's gaps.
+/// Tokens, or blocks, whose [`Stateless`] is made together: each is a long chain of operations, for whose end the states
+/// wait, and several chains fill each other's gaps.
 const TOGETHER: usize = 16;
 
 /// What of a token does not depend on the states.
@@ -397,6 +426,15 @@ struct Stateless<L> {
     delta: L,
     /// silu(z)
     gate: L,
+}
+
+impl<L: Lanes> Stateless<L> {
+    /// Of the 16 channels that `dt` and `z` have from `at` on.
+    #[inline(always)]
+    unsafe fn of(bias: L, at: usize, dt: &[f32], z: &[f32]) -> Self {
+        let delta = softplus(L::load(dt.as_ptr().add(at)).add(bias));
+        Self { delta, gate: silu(L::load(z.as_ptr().add(at))) }
+    }
 }
 
 /// What a token brings to 16 channels.
