@@ -72,7 +72,8 @@ pub enum EightBitType {
 }
 
 impl<T: Args> ModelArgs<T> {
-    /// Opens the model. A GGUF or an unquantized folder is mapped, which takes no time; a bar shows the rest.
+    /// Opens the model. A GGUF or an unquantized folder is mapped, and read if the page cache does not hold it; a bar shows
+    /// quantizing.
     pub fn open(&self) -> Result<Model> {
         files::check_model_path(&self.path)?;
         let quantize = self.quantize();

@@ -143,7 +143,7 @@ impl Checkpoint {
         let n_layer = config.n_layer_at_most();
         let (shards, raw) = open_shards(&folder, index.as_ref(), n_layer, prepare, &mut warnings)?;
         drop(index);
-        // What quantized a tensor lies beside it, all over the shards.
+        // Before anything else is read of them: what quantized each tensor lies beside it, all over the shards.
         shards.iter().for_each(|shard| shard.opened.preload());
         let tensors = bitsandbytes::assemble(&raw, &shards)?;
         drop(raw);

@@ -194,33 +194,46 @@ impl<F: Four, const R: usize> Few for Small<F, R> {
         let (p, n_blocks) = (job.weights.row_of(row, 32, F::BYTES), job.weights.cols / 32);
         let tokens = each!([self.tokens[0]; T], i => self.tokens[t + i]);
         let n_rows = (job.rows.end - row).min(R);
-        let scales = F::BESIDE.then(|| RowScales::of(&job.weights, row..row + n_rows));
-        match &scales {
-            Some(scales) if R == FOUR => return four_rows::<F, T>(p, scales, &tokens, n_rows, out, r),
-            Some(scales) if n_blocks.is_multiple_of(LANES) => {
-                return two_beside_rows::<F, T>(p, scales, &tokens, n_blocks, n_rows - 1, out, r);
-            }
-            // One token's activations are loaded fast enough, and memory is read faster row after row.
-            None if T > 1 && n_blocks.is_multiple_of(FOUR) => {
-                return two_small_rows::<F, T>(p, &tokens, n_blocks, n_rows - 1, out, r);
-            }
-            _ => {}
+        if R == FOUR {
+            let scales = RowScales::of(&job.weights, row..row + n_rows);
+            return four_rows::<F, T>(p, &scales, &tokens, n_rows, out, r);
+        }
+        let pair = Pair::new(p, n_blocks, F::BYTES, n_rows);
+        if F::BESIDE && n_blocks.is_multiple_of(LANES) {
+            let scales = RowScales::of(&job.weights, row..row + n_rows);
+            return two_beside_rows::<F, T>(&pair, &scales, &tokens, out, r);
+        }
+        // One token's activations are loaded fast enough, and memory is read faster row after row.
+        if !F::BESIDE && T > 1 && n_blocks.is_multiple_of(FOUR) {
+            return two_small_rows::<F, T>(&pair, &tokens, out, r);
         }
         for k in 0..n_rows {
-            let (p, row) = (p.add(k * n_blocks * F::BYTES), row + k);
-            let scales = F::BESIDE.then(|| RowScales::of(&job.weights, row..row + 1));
-            let mut sums = SmallSums::zeros();
-            let whole = n_blocks / LANES * LANES;
-            // What is left is a call of its own, so that the number of the others is a constant.
-            for b in (0..whole).step_by(LANES) {
-                some_blocks::<F, T>(p, scales.as_ref(), &tokens, b, LANES, &mut sums);
-            }
-            if whole < n_blocks {
-                some_blocks::<F, T>(p, scales.as_ref(), &tokens, whole, n_blocks - whole, &mut sums);
-            }
-            SmallSums::put::<F, T>(&sums, out, r + k);
+            let scales = F::BESIDE.then(|| RowScales::of(&job.weights, row + k..row + k + 1));
+            one_small_row::<F, T>(p.add(k * pair.row_bytes), scales.as_ref(), &tokens, n_blocks, out, r + k);
         }
     }
+}
+
+/// A row of `n_blocks` blocks at `p`, whose scales lie beside it or in them.
+#[inline(always)]
+unsafe fn one_small_row<F: Four, const T: usize>(
+    p: *const u8,
+    scales: Option<&RowScales<'_>>,
+    x: &[Token; T],
+    n_blocks: usize,
+    out: &mut [[f32; LANES]; TOKENS],
+    r: usize,
+) {
+    let mut sums = SmallSums::zeros();
+    let whole = n_blocks / LANES * LANES;
+    // What is left is a call of its own, so that the number of the others is a constant.
+    for b in (0..whole).step_by(LANES) {
+        some_blocks::<F, T>(p, scales, x, b, LANES, &mut sums);
+    }
+    if whole < n_blocks {
+        some_blocks::<F, T>(p, scales, x, whole, n_blocks - whole, &mut sums);
+    }
+    SmallSums::put::<F, T>(&sums, out, r);
 }
 
 impl SmallSums {
@@ -365,31 +378,71 @@ unsafe fn four_rows<F: Four, const T: usize>(
     }
 }
 
-/// Two rows of `n_blocks` blocks whose scales lie beside them, the first at `p`, the other `second` rows further on: both use
-/// the activations that are loaded.
+/// Two rows next to each other, which use the activations that are loaded together.
+struct Pair {
+    first: *const u8,
+    n_blocks: usize,
+    row_bytes: usize,
+    /// How many rows further on the other lies: a last row without another is its own.
+    second: usize,
+}
+
+impl Pair {
+    /// `n_rows` rows, one or two, of `n_blocks` blocks, the first at `first`.
+    #[inline(always)]
+    fn new(first: *const u8, n_blocks: usize, block_bytes: usize, n_rows: usize) -> Self {
+        Self { first, n_blocks, row_bytes: n_blocks * block_bytes, second: n_rows - 1 }
+    }
+
+    /// What lies `at` bytes into row `k`.
+    #[inline(always)]
+    unsafe fn row(&self, k: usize, at: usize) -> *const u8 {
+        self.first.add(k * self.second * self.row_bytes + at)
+    }
+
+    /// Fetches ahead as if the rows were read front to back, which memory does best: `lines` behind the `read` bytes that have
+    /// been read of both in turns. The second row is needed as soon as the first, so the distances count from a row further on.
+    #[inline(always)]
+    fn fetch(&self, read: usize, ahead: Ahead, lines: Range<usize>) {
+        for line in lines {
+            let p = self.first.wrapping_add(read + self.row_bytes + 64 * line);
+            fetch_two(p.wrapping_add(ahead.near_bytes), p.wrapping_add(ahead.far_bytes));
+        }
+    }
+}
+
+/// How far ahead of what is read lines are fetched into the first-level cache and into the second-level one.
+#[derive(Clone, Copy)]
+struct Ahead {
+    near_bytes: usize,
+    far_bytes: usize,
+}
+
+const AHEAD: Ahead = Ahead { near_bytes: 2048, far_bytes: 16384 };
+/// Beside the codes there are lines of scales under way.
+const BESIDE_AHEAD: Ahead = Ahead { near_bytes: 512, far_bytes: 12288 };
+
+/// Two rows whose scales lie beside them.
 #[inline(always)]
 unsafe fn two_beside_rows<F: Four, const T: usize>(
-    p: *const u8,
+    pair: &Pair,
     scales: &RowScales<'_>,
     x: &[Token; T],
-    n_blocks: usize,
-    second: usize,
     out: &mut [[f32; LANES]; TOKENS],
     r: usize,
 ) {
-    let (row_bytes, four_bytes) = (n_blocks * F::BYTES, FOUR * F::BYTES);
+    let (n_blocks, four_bytes) = (pair.n_blocks, FOUR * F::BYTES);
     let mut sums = [SmallSums::zeros::<T>(); PAIR];
     for b in (0..n_blocks).step_by(LANES) {
-        let d = [scales.sixteen(b, LANES), scales.sixteen(second * n_blocks + b, LANES)];
+        let d = [scales.sixteen(b, LANES), scales.sixteen(pair.second * n_blocks + b, LANES)];
         let x_scales = each!([d[0]; T], i => _mm512_loadu_ps(x[i].scales.add(b)));
         let factors = each!([d; T], i => each!([d[0]; PAIR], k => _mm512_mul_ps(d[k], x_scales[i])));
         for j in (0..LANES).step_by(FOUR) {
             let at = (b + j) * F::BYTES;
             let mut codes = [[_mm512_setzero_si512(); 2]; PAIR];
             for k in 0..PAIR {
-                let read = p.wrapping_add(PAIR * at + k * four_bytes);
-                fetch_pair(read, row_bytes, BESIDE_AHEAD, lines_of_step(four_bytes, 0, 1));
-                codes[k] = F::four(&four_blocks(p.add(k * second * row_bytes + at), F::BYTES, FOUR));
+                pair.fetch(PAIR * at + k * four_bytes, BESIDE_AHEAD, lines_of_step(four_bytes, 0, 1));
+                codes[k] = F::four(&four_blocks(pair.row(k, at), F::BYTES, FOUR));
             }
             for i in 0..T {
                 for k in 0..PAIR {
@@ -403,26 +456,22 @@ unsafe fn two_beside_rows<F: Four, const T: usize>(
     }
 }
 
-/// The same of rows with their scales in the blocks, of which `n_blocks` is a multiple of four.
+/// Two rows with their scales in the blocks, which are a multiple of four.
 #[inline(always)]
 unsafe fn two_small_rows<F: Four, const T: usize>(
-    p: *const u8,
+    pair: &Pair,
     x: &[Token; T],
-    n_blocks: usize,
-    second: usize,
     out: &mut [[f32; LANES]; TOKENS],
     r: usize,
 ) {
-    let (row_bytes, four_bytes) = (n_blocks * F::BYTES, FOUR * F::BYTES);
     let mut sums = [SmallSums::zeros::<T>(); PAIR];
-    for b in (0..n_blocks).step_by(FOUR) {
+    for b in (0..pair.n_blocks).step_by(FOUR) {
         let at = b * F::BYTES;
         let mut codes = [[_mm512_setzero_si512(); 2]; PAIR];
         let (mut d, mut m) = ([_mm_setzero_ps(); PAIR], [_mm_setzero_ps(); PAIR]);
         for k in 0..PAIR {
-            let read = p.wrapping_add(PAIR * at);
-            fetch_pair(read, row_bytes, AHEAD, lines_of_step(PAIR * four_bytes, k, PAIR));
-            let p = four_blocks(p.add(k * second * row_bytes + at), F::BYTES, FOUR);
+            pair.fetch(PAIR * at, AHEAD, lines_of_step(PAIR * FOUR * F::BYTES, k, PAIR));
+            let p = four_blocks(pair.row(k, at), F::BYTES, FOUR);
             d[k] = f16_four::<F>(&p, 0, FOUR);
             if F::HAS_M {
                 m[k] = f16_four::<F>(&p, 2, FOUR);
@@ -443,28 +492,6 @@ unsafe fn two_small_rows<F: Four, const T: usize>(
     }
     for k in 0..PAIR {
         SmallSums::put::<F, T>(&sums[k], out, r + k);
-    }
-}
-
-/// How far ahead of what is read lines are fetched into the first-level cache and into the second-level one.
-#[derive(Clone, Copy)]
-struct Ahead {
-    near_bytes: usize,
-    far_bytes: usize,
-}
-
-const AHEAD: Ahead = Ahead { near_bytes: 2048, far_bytes: 16384 };
-/// Beside the codes there are lines of scales under way.
-const BESIDE_AHEAD: Ahead = Ahead { near_bytes: 512, far_bytes: 12288 };
-
-/// Fetches ahead for a pair of rows as if they were read front to back, which memory does best: of what is read in turns
-/// from both, `p` is as far from the pair's beginning as has been read. The second row is needed as soon as the first, so the
-/// distances count from a row further on.
-#[inline(always)]
-fn fetch_pair(p: *const u8, row_bytes: usize, ahead: Ahead, lines: Range<usize>) {
-    for line in lines {
-        let p = p.wrapping_add(row_bytes + 64 * line);
-        fetch_two(p.wrapping_add(ahead.near_bytes), p.wrapping_add(ahead.far_bytes));
     }
 }
 
@@ -515,7 +542,8 @@ impl<F: Wide, const R: usize> Few for Large<F, R> {
         }
         // What several tokens share are the codes of a row; with those of two there would be too few registers.
         if T == 1 && n_blocks.is_multiple_of(FOUR) {
-            return two_large_rows::<F>(p, &tokens[0], n_blocks, n_rows - 1, &mut out[0], r);
+            let pair = Pair::new(p, n_blocks, F::BYTES, n_rows);
+            return two_large_rows::<F>(&pair, &tokens[0], &mut out[0], r);
         }
         for k in 0..n_rows {
             one_large_row::<F, T>(p.add(k * n_blocks * F::BYTES), &tokens, n_blocks, out, r + k);
@@ -576,40 +604,28 @@ unsafe fn one_large_row<F: Wide, const T: usize>(
     }
 }
 
-/// Two rows of `n_blocks` blocks, a multiple of four, times one token: the first at `p`, the other `second` rows further on.
-/// Four blocks of both are prepared before those that come first are multiplied.
+/// Two rows of blocks of 256, a multiple of four, times one token. Four blocks of both are prepared before those that come first are multiplied.
 #[inline(always)]
-unsafe fn two_large_rows<F: Wide>(
-    p: *const u8,
-    x: &Token,
-    n_blocks: usize,
-    second: usize,
-    out: &mut [f32; LANES],
-    r: usize,
-) {
-    let x = &[*x];
-    let (row_bytes, zero) = (n_blocks * F::BYTES, _mm512_setzero_ps());
-    let rows = [p, p.add(second * row_bytes)];
+unsafe fn two_large_rows<F: Wide>(pair: &Pair, x: &Token, out: &mut [f32; LANES], r: usize) {
+    let (x, n_blocks, zero) = (&[*x], pair.n_blocks, _mm512_setzero_ps());
     let (mut products, mut mins) = ([zero; PAIR], [zero; PAIR]);
     let mut room = [const { MaybeUninit::<Prepared<1>>::uninit() }; 2 * PAIR];
     let prepared = in_memory(&mut room);
     for k in 0..PAIR {
-        prepare::<F, 1, 1>(rows[k], x, 0, FOUR, prepared.add(k));
+        prepare::<F, 1, 1>(pair.row(k, 0), x, 0, FOUR, prepared.add(k));
     }
     for b in (0..n_blocks).step_by(FOUR) {
         let next = b + FOUR;
         if next < n_blocks {
             let to = prepared.add(next / FOUR % 2 * PAIR);
             for k in 0..PAIR {
-                prepare::<F, 1, 1>(rows[k].add(next * F::BYTES), x, next, FOUR, to.add(k));
+                prepare::<F, 1, 1>(pair.row(k, next * F::BYTES), x, next, FOUR, to.add(k));
             }
         }
         let prepared = prepared.add(b / FOUR % 2 * PAIR);
-        let now = each!([p; PAIR], k => rows[k].add(b * F::BYTES));
-        let fetch = |i| {
-            let p = p.wrapping_add(PAIR * b * F::BYTES);
-            fetch_pair(p, row_bytes, AHEAD, lines_of_step(PAIR * FOUR * F::BYTES, i, 4 * FOUR));
-        };
+        let now = each!([pair.first; PAIR], k => pair.row(k, b * F::BYTES));
+        let lines = |i| lines_of_step(PAIR * FOUR * F::BYTES, i, 4 * FOUR);
+        let fetch = |i| pair.fetch(PAIR * b * F::BYTES, AHEAD, lines(i));
         pair_block::<F, 0>(&now, &x[0], b, prepared, fetch, &mut products);
         pair_block::<F, 1>(&now, &x[0], b, prepared, fetch, &mut products);
         pair_block::<F, 2>(&now, &x[0], b, prepared, fetch, &mut products);
