@@ -74,6 +74,7 @@ impl Isa {
                     && is_x86_feature_detected!("avx512vl")
                     && is_x86_feature_detected!("avx512vbmi")
                     && is_x86_feature_detected!("avx512vnni")
+                    && is_x86_feature_detected!("gfni")
             }
             #[cfg(target_arch = "x86_64")]
             Self::Amx => Self::Avx512.supported() && super::x86::amx::available(),

@@ -227,7 +227,7 @@ mod x86 {
     }
 
     /// vpdpbusd, whose latency is 4 to 5 on two ports at most, in 16 sums.
-    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,gfni")]
     unsafe fn avx512_int8(rounds: usize) -> f64 {
         let (a, b) = (_mm512_set1_epi8(black_box(A as i8)), _mm512_set1_epi8(black_box(B as i8)));
         let mut sums = [_mm512_setzero_si512(); 16];
@@ -240,7 +240,7 @@ mod x86 {
         _mm512_reduce_add_epi32(sum).into()
     }
 
-    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,gfni")]
     unsafe fn avx512_f32(rounds: usize) -> f64 {
         fma::<Avx512>(rounds)
     }

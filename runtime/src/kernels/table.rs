@@ -180,7 +180,7 @@ kernels!(
     x86::avx512::Avx512,
     x86::avx512::int_matmul,
     Some(x86::avx512::beside_rows),
-    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,gfni")]
 );
 #[cfg(target_arch = "x86_64")]
 kernels!(
@@ -189,7 +189,7 @@ kernels!(
     x86::avx512::Avx512,
     x86::amx::int_matmul,
     Some(x86::avx512::beside_rows),
-    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,gfni")]
 );
 #[cfg(target_arch = "aarch64")]
 kernels!(

@@ -56,7 +56,7 @@ fn permitted() -> bool {
 ///
 /// # Safety
 /// That of [`crate::kernels::matmul::Matmul`].
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,gfni")]
 pub(crate) unsafe fn int_matmul(job: &Job<'_>, scratch: &mut Scratch) {
     // SAFETY: the caller's.
     unsafe {
@@ -70,17 +70,17 @@ pub(crate) unsafe fn int_matmul(job: &Job<'_>, scratch: &mut Scratch) {
     }
 }
 
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,gfni")]
 unsafe fn small<F: Small>(job: &Job<'_>, scratch: &mut Scratch) {
     with_tiles::<InSmall<F>>(job, scratch);
 }
 
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,gfni")]
 unsafe fn large<F: Large>(job: &Job<'_>, scratch: &mut Scratch) {
     with_tiles::<InLarge<F>>(job, scratch);
 }
 
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,gfni")]
 unsafe fn as_int8(job: &Job<'_>, scratch: &mut Scratch) {
     with_tiles::<AsInt8>(job, scratch);
 }

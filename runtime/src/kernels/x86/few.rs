@@ -21,6 +21,8 @@ pub(super) const FOUR: usize = 4;
 pub(super) trait Few {
     /// Rows that are multiplied together.
     const ROWS: usize;
+    /// Tokens that are: [`TOKENS`], or 2.
+    const TOKENS: usize = TOKENS;
 
     /// Rows `row..row + ROWS` (of those beyond the job's last, anything) times tokens `t..t + T`, to
     /// `out[token][r + row]`.
@@ -45,7 +47,7 @@ pub(super) unsafe fn walk<F: Few>(few: &F, job: &Job<'_>) {
             let n = match job.acts.n_tokens() - t {
                 1 => 1,
                 2 | 3 => 2,
-                _ => TOKENS,
+                _ => F::TOKENS,
             };
             for r in (0..n_rows).step_by(F::ROWS) {
                 match n {

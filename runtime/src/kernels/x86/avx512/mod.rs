@@ -21,7 +21,7 @@ use kestrel_formats::{GgmlType, WeightType};
 ///
 /// # Safety
 /// That of [`crate::kernels::matmul::Matmul`].
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,gfni")]
 pub(crate) unsafe fn int_matmul(job: &Job<'_>, scratch: &mut Scratch) {
     use panel::{large, small};
     // SAFETY: the caller's.
@@ -52,7 +52,7 @@ unsafe fn int_rows(job: &Job<'_>, scratch: &mut Scratch) {
 ///
 /// # Safety
 /// That of [`crate::kernels::matmul::Matmul`].
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,gfni")]
 pub(crate) unsafe fn beside_rows(job: &Job<'_>, scratch: &mut Scratch) -> bool {
     if !few::fit(job, 32) {
         return false;

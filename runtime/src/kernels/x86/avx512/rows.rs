@@ -25,7 +25,7 @@ use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,gfni")]
 pub(super) unsafe fn small<F: Four>(job: &Job<'_>, scratch: &mut Scratch) {
     let tokens = small_tokens::<F>(job, scratch);
     match job.weights.cols {
@@ -34,7 +34,7 @@ pub(super) unsafe fn small<F: Four>(job: &Job<'_>, scratch: &mut Scratch) {
     }
 }
 
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni")]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,gfni")]
 pub(super) unsafe fn large<F: Wide>(job: &Job<'_>, scratch: &mut Scratch) {
     let tokens = large_tokens::<F>(job, scratch);
     match job.weights.cols {
@@ -524,6 +524,8 @@ struct LargeSums<const T: usize, const R: usize> {
 
 impl<F: Wide, const R: usize> Few for Large<F, R> {
     const ROWS: usize = R;
+    /// What a token brings beside its codes takes as many loads as these, and of four tokens more than all else.
+    const TOKENS: usize = if F::EXTRA { 2 } else { TOKENS };
 
     #[inline(always)]
     unsafe fn product<const T: usize>(
@@ -769,11 +771,12 @@ unsafe fn large_block<F: Wide, const T: usize, const R: usize, const J: usize>(
         return;
     }
     let codes = F::codes64(p[J]);
+    let scales = scales_of::<F, T, J>(prepared);
     let b = if R == 1 { b + J } else { 0 };
     let mut dots = [_mm512_setzero_si512(); T];
     for v in 0..4 {
         fetch_ahead(p[0], FOUR * F::BYTES, 4 * J + v, 4 * FOUR);
-        let scale = scales_of::<F, T, J>(prepared, v);
+        let scale = F::spread_scales(&scales, v);
         for i in 0..T {
             // No lane overflows: it gets 16 products of at most 63·127 times a scale of at most 128, or of
             // 127·127 times one of at most 32.
@@ -798,12 +801,13 @@ unsafe fn pair_block<F: Wide, const J: usize>(
     sums: &mut [__m512; PAIR],
 ) {
     let codes = each!([[_mm512_setzero_si512(); 4]; PAIR], k => F::codes64(p[k].add(J * F::BYTES)));
+    let scales = each!([[_mm512_setzero_si512(); 2]; PAIR], k => scales_of::<F, 1, J>(prepared.add(k)));
     let mut dots = [_mm512_setzero_si512(); PAIR];
     for v in 0..4 {
         fetch(4 * J + v);
         let (codes_of_x, extra) = x.vector::<F>(256 * (b + J) + 64 * v);
         for k in 0..PAIR {
-            let scale = scales_of::<F, 1, J>(prepared.add(k), v);
+            let scale = F::spread_scales(&scales[k], v);
             dots[k] = dot_words(dots[k], F::pairs(codes[k][v], codes_of_x, extra), scale);
         }
     }
@@ -813,13 +817,11 @@ unsafe fn pair_block<F: Wide, const J: usize>(
     }
 }
 
-/// The scale of each pair of codes of vector `v` of block `J`.
+/// The scales of block `J`; see [`Wide::eights`]. They are loaded once for all its products, since a core does not load more than
+/// one vector a cycle.
 #[inline(always)]
-unsafe fn scales_of<F: Wide, const T: usize, const J: usize>(
-    prepared: *const Prepared<T>,
-    v: usize,
-) -> __m512i {
-    F::spread_scales((&raw const (*prepared).scales).cast::<i16>().add(J * 256 / F::SUB), v)
+unsafe fn scales_of<F: Wide, const T: usize, const J: usize>(prepared: *const Prepared<T>) -> [__m512i; 2] {
+    F::eights((&raw const (*prepared).scales).cast::<i16>().add(J * 256 / F::SUB))
 }
 
 /// Which of four blocks each lane of `mins[h]` belongs to.

@@ -47,8 +47,8 @@ impl Head {
 /// A type with blocks of 256.
 pub(super) trait Wide: Large {
     const ORDER: Order;
-    /// Per vector of codes: where each pair of codes has its scale among the eight that [`Self::spread_scales`] brings to
-    /// its 128 bits.
+    /// Per vector of codes: where each pair of codes has its scale among the eight that [`Self::eights`] brings to its 128
+    /// bits.
     const SCALE_OF: [[u8; 64]; 4] = scale_of(Self::ORDER, Self::SUB);
 
     /// Whether [`Self::pairs`] takes more than the activations.
@@ -100,18 +100,25 @@ pub(super) trait Wide: Large {
         }
     }
 
-    /// The scale of each pair of vector `v`, from those of a block where they lie in memory: loading spreads them for
-    /// nothing, and one set of places serves all blocks.
+    /// The scales of a block, from where they lie in memory: eight in each 128 bits, those that vectors `2 h` and `2 h + 1` of
+    /// codes need there.
     #[inline(always)]
-    unsafe fn spread_scales(scales: *const i16, v: usize) -> __m512i {
-        let eight = |i| _mm_loadu_si128(scales.add(Self::ORDER.weight(v, i) / Self::SUB / 8 * 8).cast());
-        let places = _mm512_loadu_si512(Self::SCALE_OF[v].as_ptr().cast());
-        let lower = _mm512_broadcast_i32x4(eight(0));
-        if Self::ORDER.weight(v, 32) / Self::SUB / 8 == Self::ORDER.weight(v, 0) / Self::SUB / 8 {
-            return _mm512_shuffle_epi8(lower, places);
-        }
-        let both = _mm512_inserti64x4::<1>(lower, _mm256_broadcastsi128_si256(eight(32)));
-        _mm512_shuffle_epi8(both, places)
+    unsafe fn eights(scales: *const i16) -> [__m512i; 2] {
+        each!([_mm512_setzero_si512(); 2], h => {
+            let at = |byte| Self::ORDER.weight(2 * h, byte) / Self::SUB / 8 * 8;
+            let eight = |byte| _mm_loadu_si128(scales.add(at(byte)).cast());
+            let lower = _mm512_broadcast_i32x4(eight(0));
+            match at(0) == at(32) {
+                true => lower,
+                false => _mm512_inserti64x4::<1>(lower, _mm256_broadcastsi128_si256(eight(32))),
+            }
+        })
+    }
+
+    /// The scale of each pair of vector `v`.
+    #[inline(always)]
+    unsafe fn spread_scales(eights: &[__m512i; 2], v: usize) -> __m512i {
+        _mm512_shuffle_epi8(eights[v / 2], _mm512_loadu_si512(Self::SCALE_OF[v].as_ptr().cast()))
     }
 }
 
@@ -121,8 +128,8 @@ const fn scale_of(order: Order, sub: usize) -> [[u8; 64]; 4] {
     while i < 256 {
         let (v, byte) = (i / 64, i % 64);
         let scale = order.weight(v, byte) / sub;
-        // All of a half of a vector are among the same eight.
-        assert!(scale / 8 == order.weight(v, byte / 32 * 32) / sub / 8);
+        // All of a half of a vector are among the same eight, which are also those of the vector beside it.
+        assert!(scale / 8 == order.weight(v / 2 * 2, byte / 32 * 32) / sub / 8);
         out[v][byte] = (2 * (scale % 8) + byte % 2) as u8;
         i += 1;
     }
@@ -144,10 +151,46 @@ unsafe fn gather16(p: &[*const u8; 4], at: usize) -> __m512i {
     _mm512_inserti32x4::<3>(x, load(3))
 }
 
+/// The lower and the upper 16 of 32 bytes of each of four blocks.
+#[inline(always)]
+unsafe fn gather32(p: &[*const u8; 4], at: usize) -> [__m512i; 2] {
+    let load = |i: usize| _mm256_loadu_si256(p[i].add(at).cast());
+    let two = |i| _mm512_inserti64x4::<1>(_mm512_castsi256_si512(load(i)), load(i + 1));
+    let (x, y) = (two(0), two(2));
+    [_mm512_shuffle_i64x2::<0x88>(x, y), _mm512_shuffle_i64x2::<0xdd>(x, y)]
+}
+
+/// [`gather16`] of blocks of `BYTES`. If they lie one after the other and the first 64 bytes have what is wanted of three of them, it is
+/// brought together from these, which hold the blocks' scales besides.
+#[inline(always)]
+unsafe fn gather16_of<const BYTES: usize>(p: &[*const u8; 4], at: usize) -> __m512i {
+    if p[3] != p[0].wrapping_add(3 * BYTES) || at + 2 * BYTES + 16 > 64 {
+        return gather16(p, at);
+    }
+    let places = const { three_of_four(BYTES) };
+    let places = _mm512_add_epi8(_mm512_loadu_si512(places.as_ptr().cast()), bytes(at as u8));
+    let three = _mm512_permutexvar_epi8(places, _mm512_loadu_si512(p[0].cast()));
+    _mm512_inserti32x4::<3>(three, _mm_loadu_si128(p[3].add(at).cast()))
+}
+
+/// Where the first 16 bytes of three blocks are.
+const fn three_of_four(block_bytes: usize) -> [u8; 64] {
+    let mut out = [0; 64];
+    let mut i = 0;
+    while i < 48 {
+        out[i] = (i / 16 * block_bytes + i % 16) as u8;
+        i += 1;
+    }
+    out
+}
+
 /// The low and the high nibbles.
 #[inline(always)]
 unsafe fn nibbles(x: __m512i) -> [__m512i; 2] {
-    [_mm512_and_si512(x, bytes(15)), _mm512_and_si512(_mm512_srli_epi16::<4>(x), bytes(15))]
+    // One instruction in place of a shift and a mask: bit i of a byte is the parity of what byte 7 - i of this has in common
+    // with it, so that bits 4 to 7 become bits 0 to 3.
+    let high = _mm512_set1_epi64(0x1020_4080_0000_0000);
+    [_mm512_and_si512(x, bytes(15)), _mm512_gf2p8affine_epi64_epi8::<0>(x, high)]
 }
 
 /// `mask & a | !mask & b`
@@ -159,21 +202,22 @@ unsafe fn select(mask: __m512i, a: __m512i, b: __m512i) -> __m512i {
 impl Four for Q8_0 {
     #[inline(always)]
     unsafe fn four(p: &[*const u8; 4]) -> [__m512i; 2] {
-        each!([bytes(0x80); 2], h => _mm512_xor_si512(gather16(p, q8_0::QS + 16 * h), bytes(0x80)))
+        let codes = gather32(p, q8_0::QS);
+        each!([codes[0]; 2], h => _mm512_xor_si512(codes[h], bytes(0x80)))
     }
 }
 
 impl Four for Q4_0 {
     #[inline(always)]
     unsafe fn four(p: &[*const u8; 4]) -> [__m512i; 2] {
-        nibbles(gather16(p, q4::Q4_0_QS))
+        nibbles(gather16_of::<{ Self::BYTES }>(p, q4::Q4_0_QS))
     }
 }
 
 impl Four for Q4_1 {
     #[inline(always)]
     unsafe fn four(p: &[*const u8; 4]) -> [__m512i; 2] {
-        nibbles(gather16(p, q4::Q4_1_QS))
+        nibbles(gather16_of::<{ Self::BYTES }>(p, q4::Q4_1_QS))
     }
 }
 
@@ -206,7 +250,7 @@ impl Four for Iq4Nl {
     #[inline(always)]
     unsafe fn four(p: &[*const u8; 4]) -> [__m512i; 2] {
         let values = _mm512_broadcast_i64x4(unpack::iq4_values());
-        let codes = nibbles(gather16(p, iq4::NL_QS));
+        let codes = nibbles(gather16_of::<{ Self::BYTES }>(p, iq4::NL_QS));
         each!([values; 2], h => _mm512_shuffle_epi8(values, codes[h]))
     }
 }
@@ -226,7 +270,8 @@ impl<F: FourBit> Four for F {
 impl Four for Int8 {
     #[inline(always)]
     unsafe fn four(p: &[*const u8; 4]) -> [__m512i; 2] {
-        each!([bytes(0x80); 2], h => _mm512_xor_si512(gather16(p, 16 * h), bytes(0x80)))
+        let codes = gather32(p, 0);
+        each!([codes[0]; 2], h => _mm512_xor_si512(codes[h], bytes(0x80)))
     }
 }
 
