@@ -5,9 +5,10 @@
 //! that are brought into that order, once per product. What a block has once (f16 scales, sub-block scales, minimums)
 //! is prepared for four consecutive blocks together, and several tokens share the unpacked codes.
 //!
-//! Vector instructions of 256 weights of Q4_K and one token, counted in this source: 6 to unpack, 4 to spread the
+//! Vector instructions of 256 weights of Q4_K and one token, counted in this source: 4 to unpack, 4 to spread the
 //! scales, 8 for the products and their sums, 2 for the sum of the row; a quarter of the 26 that prepare four blocks:
-//! 26.5. Q5_K takes 34, Q6_K 37, IQ4_XS 30, eight blocks of 32 of Q4_0 34.
+//! 24.5. Q5_K takes 32, Q6_K 35, IQ4_XS 30, eight blocks of 32 of Q4_0 30. Loads are as scarce: 64 bytes a cycle, which is why
+//! what several vectors need is loaded once (ARCHITECTURE.md, "Loads bind few tokens").
 
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for the instruction set and for `Matmul`'s contract alone
 
