@@ -58,8 +58,14 @@ pub(super) unsafe fn f16(p: *const u8) -> f32 {
 #[inline(always)]
 pub(super) unsafe fn f16_four(p: &[*const u8; 4], at: usize) -> __m128 {
     // Brought together in an integer register: vectors have enough to do.
-    let bits = |i: usize| i64::from(p[i].add(at).cast::<u16>().read_unaligned()) << (16 * i);
-    _mm_cvtph_ps(_mm_cvtsi64_si128(bits(0) | bits(1) | bits(2) | bits(3)))
+    _mm_cvtph_ps(_mm_cvtsi64_si128(words_of_four(p, at) as i64))
+}
+
+/// The two bytes at `p + at` of each of four blocks, the first block's lowest.
+#[inline(always)]
+pub(super) unsafe fn words_of_four(p: &[*const u8; 4], at: usize) -> u64 {
+    let word = |i: usize| u64::from(p[i].add(at).cast::<u16>().read_unaligned()) << (16 * i);
+    word(0) | word(1) | word(2) | word(3)
 }
 
 #[inline(always)]

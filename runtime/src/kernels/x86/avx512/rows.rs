@@ -607,7 +607,8 @@ unsafe fn one_large_row<F: Wide, const T: usize>(
     }
 }
 
-/// Two rows of blocks of 256, a multiple of four, times one token. Four blocks of both are prepared before those that come first are multiplied.
+/// Two rows of blocks of 256, a multiple of four, times one token. Four blocks of both are prepared before those that come
+/// first are multiplied.
 #[inline(always)]
 unsafe fn two_large_rows<F: Wide>(pair: &Pair, x: &Token, out: &mut [f32; LANES], r: usize) {
     let (x, n_blocks, zero) = (&[*x], pair.n_blocks, _mm512_setzero_ps());

@@ -6,7 +6,7 @@
 use crate::kernels::blocks::{Order, order};
 use crate::kernels::x86::unpack::{
     self, FourBit, Int8, Iq4Nl, Iq4Xs, Large, Q2K, Q3K, Q4_0, Q4_1, Q4K, Q5_0, Q5_1, Q5K, Q6K, Q8_0, Small,
-    f16_four,
+    f16_four, words_of_four,
 };
 use kestrel_formats::GgmlType;
 use kestrel_quant::codec::{iq4, q2_k, q3_k, q4, q4_k, q5, q5_k, q6_k, q8_0};
@@ -151,34 +151,36 @@ unsafe fn gather16(p: &[*const u8; 4], at: usize) -> __m512i {
     _mm512_inserti32x4::<3>(x, load(3))
 }
 
-/// The lower and the upper 16 of 32 bytes of each of four blocks.
+/// The lower and the upper 16 of 32 signed bytes of each of four blocks, with 128 added.
 #[inline(always)]
-unsafe fn gather32(p: &[*const u8; 4], at: usize) -> [__m512i; 2] {
+unsafe fn biased32(p: &[*const u8; 4], at: usize) -> [__m512i; 2] {
     let load = |i: usize| _mm256_loadu_si256(p[i].add(at).cast());
     let two = |i| _mm512_inserti64x4::<1>(_mm512_castsi256_si512(load(i)), load(i + 1));
     let (x, y) = (two(0), two(2));
-    [_mm512_shuffle_i64x2::<0x88>(x, y), _mm512_shuffle_i64x2::<0xdd>(x, y)]
+    let halves = [_mm512_shuffle_i64x2::<0x88>(x, y), _mm512_shuffle_i64x2::<0xdd>(x, y)];
+    each!([x; 2], h => _mm512_xor_si512(halves[h], bytes(0x80)))
 }
 
-/// [`gather16`] of blocks of `BYTES`. If they lie one after the other and the first 64 bytes have what is wanted of three of them, it is
-/// brought together from these, which hold the blocks' scales besides.
+/// [`gather16`] of blocks of `BYTES`. If they lie one after the other, what is wanted of three of them is brought together from
+/// the first 64 bytes, which hold the blocks' scales besides.
 #[inline(always)]
-unsafe fn gather16_of<const BYTES: usize>(p: &[*const u8; 4], at: usize) -> __m512i {
-    if p[3] != p[0].wrapping_add(3 * BYTES) || at + 2 * BYTES + 16 > 64 {
-        return gather16(p, at);
+unsafe fn gather16_of<const BYTES: usize, const AT: usize>(p: &[*const u8; 4]) -> __m512i {
+    if p[3] != p[0].wrapping_add(3 * BYTES) {
+        return gather16(p, AT);
     }
-    let places = const { three_of_four(BYTES) };
-    let places = _mm512_add_epi8(_mm512_loadu_si512(places.as_ptr().cast()), bytes(at as u8));
+    let places = const { three_of_four(BYTES, AT) };
+    let places = _mm512_loadu_si512(places.as_ptr().cast());
     let three = _mm512_permutexvar_epi8(places, _mm512_loadu_si512(p[0].cast()));
-    _mm512_inserti32x4::<3>(three, _mm_loadu_si128(p[3].add(at).cast()))
+    _mm512_inserti32x4::<3>(three, _mm_loadu_si128(p[3].add(AT).cast()))
 }
 
-/// Where the first 16 bytes of three blocks are.
-const fn three_of_four(block_bytes: usize) -> [u8; 64] {
+/// Where 16 bytes of each of three blocks are, which 64 bytes must hold.
+const fn three_of_four(block_bytes: usize, at: usize) -> [u8; 64] {
+    assert!(4 * block_bytes >= 64 && at + 2 * block_bytes + 16 <= 64);
     let mut out = [0; 64];
     let mut i = 0;
     while i < 48 {
-        out[i] = (i / 16 * block_bytes + i % 16) as u8;
+        out[i] = (at + i / 16 * block_bytes + i % 16) as u8;
         i += 1;
     }
     out
@@ -202,34 +204,29 @@ unsafe fn select(mask: __m512i, a: __m512i, b: __m512i) -> __m512i {
 impl Four for Q8_0 {
     #[inline(always)]
     unsafe fn four(p: &[*const u8; 4]) -> [__m512i; 2] {
-        let codes = gather32(p, q8_0::QS);
-        each!([codes[0]; 2], h => _mm512_xor_si512(codes[h], bytes(0x80)))
+        biased32(p, q8_0::QS)
     }
 }
 
 impl Four for Q4_0 {
     #[inline(always)]
     unsafe fn four(p: &[*const u8; 4]) -> [__m512i; 2] {
-        nibbles(gather16_of::<{ Self::BYTES }>(p, q4::Q4_0_QS))
+        nibbles(gather16_of::<{ Self::BYTES }, { q4::Q4_0_QS }>(p))
     }
 }
 
 impl Four for Q4_1 {
     #[inline(always)]
     unsafe fn four(p: &[*const u8; 4]) -> [__m512i; 2] {
-        nibbles(gather16_of::<{ Self::BYTES }>(p, q4::Q4_1_QS))
+        nibbles(gather16_of::<{ Self::BYTES }, { q4::Q4_1_QS }>(p))
     }
 }
 
 /// Fifth bits, 32 per row at `at`, added to nibbles.
 #[inline(always)]
 unsafe fn with_fifth_bits(p: &[*const u8; 4], at: usize, nibbles: [__m512i; 2]) -> [__m512i; 2] {
-    let half = |shift: usize| {
-        let bits = |i: usize| u64::from(p[i].add(at + shift).cast::<u16>().read_unaligned()) << (16 * i);
-        bits(0) | bits(1) | bits(2) | bits(3)
-    };
     let add = |x, mask| _mm512_mask_add_epi8(x, mask, x, bytes(16));
-    [add(nibbles[0], half(0)), add(nibbles[1], half(2))]
+    [add(nibbles[0], words_of_four(p, at)), add(nibbles[1], words_of_four(p, at + 2))]
 }
 
 impl Four for Q5_0 {
@@ -250,7 +247,7 @@ impl Four for Iq4Nl {
     #[inline(always)]
     unsafe fn four(p: &[*const u8; 4]) -> [__m512i; 2] {
         let values = _mm512_broadcast_i64x4(unpack::iq4_values());
-        let codes = nibbles(gather16_of::<{ Self::BYTES }>(p, iq4::NL_QS));
+        let codes = nibbles(gather16_of::<{ Self::BYTES }, { iq4::NL_QS }>(p));
         each!([values; 2], h => _mm512_shuffle_epi8(values, codes[h]))
     }
 }
@@ -270,8 +267,7 @@ impl<F: FourBit> Four for F {
 impl Four for Int8 {
     #[inline(always)]
     unsafe fn four(p: &[*const u8; 4]) -> [__m512i; 2] {
-        let codes = gather32(p, 0);
-        each!([codes[0]; 2], h => _mm512_xor_si512(codes[h], bytes(0x80)))
+        biased32(p, 0)
     }
 }
 
