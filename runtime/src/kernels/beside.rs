@@ -14,7 +14,7 @@
 
 use super::lanes::Lanes;
 use super::matmul::{F32_PANEL_TOKENS, INT_PANEL_TOKENS, Job, MatrixRef, PANEL_ROWS, Scratch, panel_rows};
-use super::memory::{Aligned, LANES};
+use super::memory::{Aligned, LANES, read_ahead};
 use super::table::Kernels;
 use kestrel_formats::{GgmlType, WeightType};
 use kestrel_quant::codec::{bnb8, f16_bits, q8_0};
@@ -209,7 +209,7 @@ unsafe fn row<L: Lanes, R: Rounding, const T: usize>(
         // Both are multiples of 32 within the row.
         while k + 2 * STEP <= end {
             if (k / 2).is_multiple_of(64) {
-                L::fetch_ahead(codes.add(k / 2));
+                read_ahead(codes.add(k / 2));
             }
             add_step::<L, T>(table, codes, x, cols, k, &mut sums, 0);
             add_step::<L, T>(table, codes, x, cols, k + STEP, &mut sums, 2);

@@ -6,7 +6,7 @@
 
 use super::acts::{ActKind, ActsWriter, BlockMut, GroupMut};
 use super::lanes::{Lanes, exp, load_part, silu, softplus, to_array};
-use super::memory::LANES;
+use super::memory::{LANES, read_ahead};
 
 /// Applies `f` to each number.
 #[inline(always)]
@@ -389,8 +389,8 @@ impl<L: Lanes> ScanBlock<L> {
         let a = &s.a[b * h.len()..][..h.len()];
         // Both are read once, front to back; the numbers that one token brings are soon done.
         for (h, a) in h.chunks_exact(LANES).zip(a.chunks_exact(LANES)) {
-            L::fetch_ahead(h.as_ptr().cast());
-            L::fetch_ahead(a.as_ptr().cast());
+            read_ahead(h.as_ptr().cast());
+            read_ahead(a.as_ptr().cast());
         }
         let (start, d) = (s.run.of_block(b).start, load_part(&s.d[s.channels(b)]));
         Self { start, d, a: a.as_ptr(), h: h.as_mut_ptr() }

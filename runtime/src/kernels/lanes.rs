@@ -44,10 +44,6 @@ pub(crate) trait Lanes: Copy {
     /// Stores integral numbers within -128..=127 as bytes and returns their sum.
     unsafe fn store_i8(self, p: *mut i8) -> i32;
 
-    /// Calls for what will be needed some time after the line at `p`, which need not exist.
-    #[inline(always)]
-    fn fetch_ahead(_p: *const u8) {}
-
     /// From 16 signed bytes.
     #[inline(always)]
     unsafe fn load_i8(p: *const u8) -> Self {

@@ -6,7 +6,7 @@
 use super::acts::Acts;
 use super::beside;
 use super::lanes::Lanes;
-use super::memory::{Aligned, LANES, Out};
+use super::memory::{Aligned, LANES, Out, fetch, read_ahead};
 use kestrel_formats::{Error, ErrorKind, GgmlType, Result, WeightType};
 use kestrel_quant::codec::dequantize;
 use kestrel_quant::codec::scales::Scales;
@@ -94,7 +94,7 @@ impl<'a> MatrixRef<'a> {
     pub(crate) fn fetch(&self, r: usize) {
         const LINES: usize = 256;
         for line in self.bytes[r * self.row_bytes()..].chunks(64).take(LINES) {
-            fetch_line(line.as_ptr());
+            fetch(line.as_ptr());
         }
     }
 
@@ -115,19 +115,6 @@ impl<'a> MatrixRef<'a> {
         let codes = &self.bytes[bytes(i)..bytes(i + to.len())];
         dequantize(self.dtype, codes, self.first + i, self.scales.as_ref(), to);
     }
-}
-
-/// Fetches the line at `p` into the second-level cache.
-#[inline(always)]
-fn fetch_line(p: *const u8) {
-    #[cfg(target_arch = "x86_64")]
-    // SAFETY: SSE is part of x86-64; a prefetch accesses nothing that a program can see.
-    unsafe {
-        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        _mm_prefetch::<_MM_HINT_T1>(p.cast());
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = p;
 }
 
 /// Some rows of `weights` times all of `acts`.
@@ -235,24 +222,24 @@ unsafe fn f32_rows<L: Lanes>(job: &Job<'_>, row0: usize, n_rows: usize, scratch:
         match job.weights.dtype {
             WeightType::Ggml(GgmlType::F32) => {
                 let load = |k| L::load(bytes.add(4 * k).cast());
-                let fetch = |k| fetch_lines::<L>(bytes.add(4 * k), 4);
+                let fetch = |k| fetch_lines(bytes.add(4 * k), 4);
                 dots::<L>(job, row0 + r, 0..job.weights.cols, load, fetch, |t, sum| out[t][r] = sum);
             }
             WeightType::Ggml(GgmlType::F16) => {
                 let load = |k| L::load_f16(bytes.add(2 * k));
-                let fetch = |k| fetch_lines::<L>(bytes.add(2 * k), 2);
+                let fetch = |k| fetch_lines(bytes.add(2 * k), 2);
                 dots::<L>(job, row0 + r, 0..job.weights.cols, load, fetch, |t, sum| out[t][r] = sum);
             }
             WeightType::Ggml(GgmlType::Bf16) => {
                 let load = |k| L::load_bf16(bytes.add(2 * k));
-                let fetch = |k| fetch_lines::<L>(bytes.add(2 * k), 2);
+                let fetch = |k| fetch_lines(bytes.add(2 * k), 2);
                 dots::<L>(job, row0 + r, 0..job.weights.cols, load, fetch, |t, sum| out[t][r] = sum);
             }
             WeightType::Int8 => {
                 let (scales, first) = job.weights.beside(row0 + r);
                 let scale = scales.absmax.get(first / scales.blocksize);
                 let load = |k| beside::int8_weights::<L>(bytes.add(k), scale);
-                let fetch = |k| fetch_lines::<L>(bytes.add(k), 1);
+                let fetch = |k| fetch_lines(bytes.add(k), 1);
                 dots::<L>(job, row0 + r, 0..job.weights.cols, load, fetch, |t, sum| out[t][r] = sum);
             }
             _ => {
@@ -273,9 +260,9 @@ unsafe fn f32_rows<L: Lanes>(job: &Job<'_>, row0: usize, n_rows: usize, scratch:
 
 /// Fetches ahead for the next 64 numbers at `p`, of `size` bytes each.
 #[inline(always)]
-fn fetch_lines<L: Lanes>(p: *const u8, size: usize) {
+fn fetch_lines(p: *const u8, size: usize) {
     for line in 0..size {
-        L::fetch_ahead(p.wrapping_add(64 * line));
+        read_ahead(p.wrapping_add(64 * line));
     }
 }
 

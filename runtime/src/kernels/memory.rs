@@ -1,9 +1,34 @@
-//! Buffers that kernels write: aligned storage, and views that several workers share.
+//! Memory: aligned storage, views of it that several workers share, and fetching what is read next.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut, Range};
 use std::ptr::NonNull;
+use std::sync::atomic::{Ordering, compiler_fence};
+
+/// Fetches the line at `p`, which need not exist, into the second-level cache.
+#[inline(always)]
+pub(crate) fn fetch(p: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: SSE is part of x86-64; a prefetch accesses nothing that a program can see.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T1>(p.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = p;
+}
+
+/// Fetches what a loop with little to do will read some time after the line at `p`. Such a loop has several lines at work and
+/// waits for none that is in the second-level cache, so that to fetch each into the first-level one as well, as
+/// `few::fetch_line` does, would only take a load more.
+#[inline(always)]
+pub(crate) fn read_ahead(p: *const u8) {
+    const BYTES: usize = 6144;
+    // Else the compiler brings the loads of a step together, behind which these would wait.
+    compiler_fence(Ordering::SeqCst);
+    fetch(p.wrapping_add(BYTES));
+}
 
 /// Numbers for which all zero bits are a value.
 pub(crate) trait Plain: Copy {}

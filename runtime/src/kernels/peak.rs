@@ -8,7 +8,7 @@
 
 use super::isa::Isa;
 use super::lanes::Lanes;
-use super::memory::LANES;
+use super::memory::{LANES, read_ahead};
 use super::scalar::Scalar;
 use crate::pool::Pool;
 use kestrel_formats::{Error, ErrorKind, Result};
@@ -397,14 +397,13 @@ fn read(pool: &mut Pool, buffer: &[u8], sum_lines: fn(&[Line]) -> u64) -> (usize
     (size_of_val(lines), time)
 }
 
-/// The sum of all 8-byte words (wrapping), read in `S` streams; `AHEAD` calls for lines as the products do for weights.
+/// The sum of all 8-byte words (wrapping), read in `S` streams; `AHEAD` fetches lines as the products with f32 do.
 fn sum_lines<const S: usize, const AHEAD: bool>(lines: &[Line]) -> u64 {
     let stream = lines.len() / S;
     let mut sums = [[0u64; 8]; S];
     let mut add = |s: usize, line: &Line| {
-        #[cfg(target_arch = "x86_64")]
         if AHEAD {
-            super::x86::avx2::Avx2::fetch_ahead(line.as_ptr());
+            read_ahead(line.as_ptr().cast());
         }
         for (sum, word) in sums[s].iter_mut().zip(line.as_chunks::<8>().0) {
             *sum = sum.wrapping_add(u64::from_ne_bytes(*word));

@@ -13,7 +13,7 @@ use super::unpack::{Large, Small, f16};
 use crate::kernels::acts::Group;
 use crate::kernels::lanes::Lanes;
 use crate::kernels::matmul::{Job, PANEL_COLS, PANEL_ROWS, Scratch, panel_rows};
-use crate::kernels::memory::LANES;
+use crate::kernels::memory::{LANES, fetch};
 use std::arch::x86_64::*;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
@@ -81,7 +81,7 @@ impl Panel {
             _ => self.this.behind(),
         };
         for r in rows {
-            fetch(blocks.wrapping_add(r * row_bytes), n_bytes.div_ceil(64));
+            fetch_lines(blocks.wrapping_add(r * row_bytes), n_bytes.div_ceil(64));
         }
     }
 
@@ -385,11 +385,8 @@ unsafe fn fill<F: Format, S: Sweep<F>>(panel: &Panel, rows: Range<usize>) {
 
 /// Fetches `n` lines from `p` on.
 #[inline(always)]
-fn fetch(p: *const u8, n: usize) {
-    for line in 0..n {
-        // SAFETY: SSE is part of x86-64; a prefetch accesses nothing that a program can see.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.wrapping_add(64 * line).cast()) };
-    }
+fn fetch_lines(p: *const u8, n: usize) {
+    (0..n).for_each(|line| fetch(p.wrapping_add(64 * line)));
 }
 
 /// The activations that come after those of some tiles, where they come from beyond the second-level cache.
@@ -420,7 +417,7 @@ impl<const G: usize> NextActs<G> {
         const LINES: usize = PANEL_COLS * LANES / 64;
         let (first, end) = (LINES * i / n, LINES * (i + 1) / n);
         for j in 0..G {
-            fetch(self.codes.wrapping_add(j * self.group_bytes + 64 * first), end - first);
+            fetch_lines(self.codes.wrapping_add(j * self.group_bytes + 64 * first), end - first);
         }
     }
 }

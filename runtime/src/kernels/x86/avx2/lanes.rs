@@ -3,7 +3,6 @@
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for the contract of `Lanes` alone
 
 use crate::kernels::lanes::Lanes;
-use crate::kernels::x86::few::fetch_line;
 use crate::kernels::x86::sums::{fold_eight, sum_four};
 use crate::kernels::x86::unpack::look_up_bytes;
 use std::arch::x86_64::*;
@@ -99,10 +98,6 @@ impl Lanes for Avx2 {
         let x = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
         let x = _mm_max_ps(x, _mm_movehl_ps(x, x));
         _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)))
-    }
-    #[inline(always)]
-    fn fetch_ahead(p: *const u8) {
-        fetch_line(p);
     }
     #[inline(always)]
     unsafe fn load_i8(p: *const u8) -> Self {

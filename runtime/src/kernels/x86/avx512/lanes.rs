@@ -3,7 +3,6 @@
 #![allow(unsafe_op_in_unsafe_fn)] // unsafe for the contract of `Lanes` alone
 
 use crate::kernels::lanes::Lanes;
-use crate::kernels::x86::few::fetch_line;
 use crate::kernels::x86::sums::{fold_eight, sum_four};
 use crate::kernels::x86::unpack::look_up_bytes;
 use std::arch::x86_64::*;
@@ -89,10 +88,6 @@ impl Lanes for Avx512 {
         let codes = _mm512_cvtps_epi32(self.0);
         _mm_storeu_si128(p.cast(), _mm512_cvtsepi32_epi8(codes));
         _mm512_reduce_add_epi32(codes)
-    }
-    #[inline(always)]
-    fn fetch_ahead(p: *const u8) {
-        fetch_line(p);
     }
     #[inline(always)]
     unsafe fn load_i8(p: *const u8) -> Self {
