@@ -182,7 +182,8 @@ def main():
         if len(sides) == 2:
             sides["ratio"] = sides[ours.name]["median"] / sides[theirs.name]["median"]
             figures[key] = {"what": what, **sides, "llama.cpp setting": theirs.best[key]}
-    machine_limits = {key: summary([x[key] for x in limits]) for key in limits[0]}
+    measured = {key: [x[key] for x in limits if x[key] is not None] for key in limits[0]}
+    machine_limits = {key: summary(values) for key, values in measured.items() if values}
     per_token = about["prefill_gmac_s"] / about["prefill_tok_s"]
     record = {
         "model": args.model.name,

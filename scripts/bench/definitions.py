@@ -20,7 +20,7 @@ ROUNDS = 5
 
 # Of the machine, measured by our side in each of its turns. The share of reading is that of reading other memory between
 # the tokens: where a machine is shared, its speed changes from second to second.
-LIMITS = ("read_gb_s", "int8_peak_gmac_s", "f32_peak_gmac_s", "read_between_gb_s", "decode_read_share")
+LIMITS = ("read_gb_s", "int8_peak_gmac_s", "f32_peak_gmac_s", "read_between_gb_s", "decode_read_share", "answer_ns")
 
 # The load average above which a machine is not quiet.
 QUIET = 0.6

@@ -29,6 +29,8 @@ Example:
 Figures:
   GB/s     bytes of weights that a decoded token touches, and of the state, read and written; their share is of what
            reading other memory brings right before and after, since that changes while other programs run
+  ns       how long a message between two threads takes there and back, between tokens: where a virtual machine is moved
+           between cores, this tells cores that share their way to memory from others, which read faster
   GMAC/s   multiply-adds of the matrices; prefill computes the output matrix for its last token only
   RssAnon  the most memory that is not the mapped file, beside the measurement of the limits
   RssFile  the mapped file; whether it lies in large pages, which are read faster on some machines, is up to the system")]
@@ -87,6 +89,8 @@ struct Measured {
     limits: Limits,
     /// Bytes per second of reading between decoded tokens.
     read_bytes_s: Vec<f64>,
+    /// How long two threads took to answer each other at the same times.
+    answer_ns: Vec<f64>,
     /// Tokens decoded per byte that reading brought in the same time, each time of the readings right before and after.
     tok_per_read_byte: Vec<f64>,
     work: Work,
@@ -124,6 +128,7 @@ impl Measured {
             threads,
             limits,
             read_bytes_s: Vec::new(),
+            answer_ns: Vec::new(),
             tok_per_read_byte: Vec::new(),
             work: model.work(),
             open_ms,
@@ -161,6 +166,7 @@ impl Measured {
                     if since.time > BETWEEN || i + 1 == args.n_tokens {
                         let after = Spent::of_reading(&mut reading, since.time);
                         run.read_bytes_s.extend(after.rate());
+                        run.answer_ns.extend(reading.answer_time().map(|time| time.as_secs_f64() * 1e9));
                         before.add(after);
                         run.tok_per_read_byte
                             .extend(since.rate().zip(before.rate()).map(|(tokens, bytes)| tokens / bytes));
@@ -217,6 +223,7 @@ impl Measured {
             "decode_gb_s": giga(decode_bytes_s),
             "decode_read_share": self.read_share(args.batch),
             "read_between_gb_s": giga(median(&self.read_bytes_s)),
+            "answer_ns": median(&self.answer_ns),
             "read_gb_s": self.limits.read_bytes_s / 1e9,
             "int8_peak_gmac_s": self.limits.int8_mac_s / 1e9,
             "f32_peak_gmac_s": self.limits.f32_mac_s / 1e9,
@@ -241,7 +248,7 @@ impl Measured {
     }
 
     /// The cells of this run's column.
-    fn cells(&self, args: &BenchArgs) -> [String; 16] {
+    fn cells(&self, args: &BenchArgs) -> [String; 17] {
         let prefill_mac_s = self.prefill_mac_s(args.prompt);
         let decode_bytes_s = self.decode_bytes_s(args.batch);
         let number = |x: Option<f64>| x.map_or("-".to_owned(), |x| format!("{x:.1}"));
@@ -262,6 +269,7 @@ impl Measured {
             number(decode_bytes_s.map(|x| x / 1e9)),
             number(median(&self.read_bytes_s).map(|x| x / 1e9)),
             number(self.read_share(args.batch).map(|x| 100.0 * x)),
+            number(median(&self.answer_ns)),
             number(Some(self.first_token_ms)),
             bytes(self.rss_anon_bytes),
             bytes(self.rss_file_bytes),
@@ -288,6 +296,7 @@ fn table(args: &BenchArgs, runs: &[Measured]) -> String {
         "  GB/s".to_owned(),
         "  reading memory between tokens, GB/s".to_owned(),
         "  % of that".to_owned(),
+        "  two threads answer each other, ns".to_owned(),
         "first token, ms".to_owned(),
         "RssAnon at most".to_owned(),
         "RssFile at most".to_owned(),

@@ -372,7 +372,49 @@ impl Reading {
         std::thread::sleep(REST);
         (n_bytes, time)
     }
+
+    /// How long two of the threads take to answer each other, there and back: which cores they are on. A virtual machine
+    /// is moved between such that share a cache, which answer soonest and share its way to memory, and others, which have
+    /// one each. `None` with one thread, or if one was held up for long.
+    pub fn answer_time(&mut self) -> Option<Duration> {
+        const ROUNDS: usize = 500;
+        const NEVER: usize = usize::MAX;
+        const PATIENCE: usize = 1 << 24;
+        if self.pool.n_workers() < 2 {
+            return None;
+        }
+        let (question, answer) = (AlonePerLine::default(), AlonePerLine::default());
+        let nanos = AtomicU64::new(0);
+        let answered = |round: usize| {
+            question.0.store(round, Ordering::Release);
+            (0..PATIENCE).any(|_| answer.0.load(Ordering::Acquire) == round)
+        };
+        self.pool.run(|w| match w {
+            0 => {
+                let awake = answered(1);
+                let started = Instant::now();
+                if awake && (2..=ROUNDS).all(answered) {
+                    nanos.store(started.elapsed().as_nanos() as u64, Ordering::Relaxed);
+                }
+                question.0.store(NEVER, Ordering::Release);
+            }
+            1 => loop {
+                match question.0.load(Ordering::Acquire) {
+                    NEVER => break,
+                    round => answer.0.store(round, Ordering::Release),
+                }
+            },
+            _ => {}
+        });
+        let nanos = nanos.into_inner();
+        (nanos > 0).then(|| Duration::from_nanos(nanos) / (ROUNDS - 1) as u32)
+    }
 }
+
+/// A number that shares no line of a cache, nor the next one, with others.
+#[derive(Default)]
+#[repr(align(128))]
+struct AlonePerLine(AtomicUsize);
 
 /// Longer than a worker without work stays awake.
 const REST: Duration = Duration::from_millis(2);
@@ -441,6 +483,15 @@ mod tests {
     fn memory_that_is_not_there_is_an_error() {
         let error = Reading::new(1, usize::MAX / 2).map(|_| ()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::Limit, "{error}");
+    }
+
+    #[test]
+    fn two_threads_answer_each_other() {
+        assert_eq!(Reading::new(1, 64).unwrap().answer_time(), None);
+        let mut reading = Reading::new(2, 64).unwrap();
+        // None where one is held up, which does not happen each time.
+        let time = (0..20).find_map(|_| reading.answer_time()).unwrap();
+        assert!(time > Duration::ZERO && time < Duration::from_millis(100), "{time:?}");
     }
 
     #[test]
