@@ -379,7 +379,7 @@ impl Reading {
     pub fn answer_time(&mut self) -> Option<Duration> {
         const ROUNDS: usize = 500;
         const NEVER: usize = usize::MAX;
-        const PATIENCE: usize = 1 << 24;
+        const PATIENCE: usize = 1 << 20; // some ms at most: with one processor for both an answer takes longer
         if self.pool.n_workers() < 2 {
             return None;
         }
