@@ -406,6 +406,7 @@ impl Reading {
             },
             _ => {}
         });
+        std::thread::sleep(REST); // as after reading
         let nanos = nanos.into_inner();
         (nanos > 0).then(|| Duration::from_nanos(nanos) / (ROUNDS - 1) as u32)
     }
