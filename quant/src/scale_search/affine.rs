@@ -18,6 +18,13 @@ const TOGETHER: usize = 3;
 /// The most candidates of a search.
 const MOST: usize = 39;
 
+/// How far a scale and an offset of integers are moved, to see whether they are better there.
+const STEPS: [f32; 3] = [-1.0, 0.0, 1.0];
+
+/// The scale and the offset, by their steps, of all that are moved, in the order in which they are tried.
+pub(super) const NEIGHBOURS: [(usize, usize); 8] =
+    [(0, 1), (2, 1), (1, 0), (1, 2), (0, 0), (2, 2), (0, 2), (2, 0)];
+
 /// What a search tries.
 #[derive(Clone, Copy)]
 pub struct Search {
@@ -135,6 +142,22 @@ impl<const N: usize, const L: usize> Sub<N, L> {
             *error = self.affine_error(fit, ruler, n_max);
         }
         errors
+    }
+
+    /// The same for the [`NEIGHBOURS`] of three fits.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))] // `known` is for tables
+    #[inline(always)]
+    fn neighbour_errors(&self, known: &Known<L>, fits: &[Fit<L>; 3], n_max: f32) -> [Lanes<L>; 8] {
+        let rulers = each!(i in [0 1 2] => Ruler::of(&fits[i]));
+        #[cfg(target_arch = "x86_64")]
+        if let Some(passes) = Passes::get() {
+            return passes.neighbour_errors(self, known, fits, &rulers, n_max);
+        }
+        each!(c in [0 1 2 3 4 5 6 7] => {
+            let (i, k) = NEIGHBOURS[c];
+            let (scale, min) = (fits[i].scale, fits[k].min);
+            self.affine_error(&Fit { scale, min }, &Ruler { min, inverse: rulers[i].inverse }, n_max)
+        })
     }
 
     #[inline(always)]
@@ -406,20 +429,19 @@ impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
         n_max: f32,
         sub_max: f32,
     ) {
-        const STEPS: [(f32, f32); 8] =
-            [(-1., 0.), (1., 0.), (0., -1.), (0., 1.), (-1., -1.), (1., 1.), (-1., 1.), (1., -1.)];
         for j in 0..S {
             let (from_sc, from_m) = (blocks.sc[j], blocks.m[j]);
             let (mut best_error, mut best_sc, mut best_m) = (error[j], from_sc, from_m);
-            let sc = each!(c in [0 1 2 3 4 5 6 7] => map(&from_sc, |v| limit(v + STEPS[c].0, 0.0, sub_max)));
-            let m = each!(c in [0 1 2 3 4 5 6 7] => map(&from_m, |v| limit(v + STEPS[c].1, 0.0, sub_max)));
-            let fits = each!(c in [0 1 2 3 4 5 6 7] => fit_of(&blocks.d, &blocks.dmin, &sc[c], &m[c]));
-            let errors = self.0[j].affine_errors(&known[j], &fits, n_max);
+            let sc = each!(i in [0 1 2] => map(&from_sc, |v| limit(v + STEPS[i], 0.0, sub_max)));
+            let m = each!(i in [0 1 2] => map(&from_m, |v| limit(v + STEPS[i], 0.0, sub_max)));
+            let fits = each!(i in [0 1 2] => fit_of(&blocks.d, &blocks.dmin, &sc[i], &m[i]));
+            let errors = self.0[j].neighbour_errors(&known[j], &fits, n_max);
             each!(c in [0 1 2 3 4 5 6 7] => {
+                let (i, k) = NEIGHBOURS[c];
                 let better = map2(&errors[c], &best_error, |e, best| if e < best { 1.0 } else { 0.0 });
                 best_error = choose(&better, &errors[c], &best_error);
-                best_sc = choose(&better, &sc[c], &best_sc);
-                best_m = choose(&better, &m[c], &best_m);
+                best_sc = choose(&better, &sc[i], &best_sc);
+                best_m = choose(&better, &m[k], &best_m);
             });
             (error[j], blocks.sc[j], blocks.m[j]) = (best_error, best_sc, best_m);
         }

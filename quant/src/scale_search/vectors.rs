@@ -3,7 +3,7 @@
 
 use std::arch::x86_64::*;
 
-use super::affine::{Fit, Known, Ruler, Sums};
+use super::affine::{Fit, Known, NEIGHBOURS, Ruler, Sums};
 use super::grid::{Bins, Grid};
 use super::signed::SignedSums;
 use super::{Lanes, MAGIC, Sub, limit, low_byte};
@@ -342,6 +342,28 @@ impl<const L: usize> Passes<L> {
         }
     }
 
+    /// `Sub::neighbour_errors`.
+    #[inline(always)]
+    pub fn neighbour_errors<const N: usize>(
+        &self,
+        sub: &Sub<N, L>,
+        known: &Known<L>,
+        fits: &[Fit<L>; 3],
+        rulers: &[Ruler<L>; 3],
+        n_max: f32,
+    ) -> [Lanes<L>; 8] {
+        // The first and the last of three offsets are the farthest.
+        let corner = |i: usize, k: usize| Ruler { min: rulers[k].min, inverse: rulers[i].inverse };
+        let corners = each!(c in [0 1 2 3 4 5] => corner(c % 3, c / 3 * 2));
+        // SAFETY: as above.
+        unsafe {
+            if L == 16 && Table::reaches(known, &corners, n_max) {
+                return neighbour_errors::<__m512, N, L>(sub, fits, rulers, Table::to(n_max));
+            }
+            by_lanes!(L, V => neighbour_errors::<V, N, L>(sub, fits, rulers, Limit::to(n_max)))
+        }
+    }
+
     /// `Sub::signed_sums`.
     #[inline(always)]
     pub fn signed_sums<G: Grid, const N: usize, const C: usize>(
@@ -421,6 +443,35 @@ unsafe fn errors<V: Vector, const N: usize, const C: usize, const L: usize>(
             }
         }
         for c in 0..C {
+            sums[c].store(&mut errors[c]);
+        }
+    }
+    errors
+}
+
+/// What neighbours have in common is calculated once.
+#[inline(always)]
+unsafe fn neighbour_errors<V: Vector, const N: usize, const L: usize>(
+    sub: &Sub<N, L>,
+    fits: &[Fit<L>; 3],
+    rulers: &[Ruler<L>; 3],
+    nearest: impl Nearest<V>,
+) -> [Lanes<L>; 8] {
+    let mut errors = [[0.0; L]; 8];
+    // SAFETY: the caller has the features of the vectors, which have `L` lanes.
+    unsafe {
+        let mut sums = [V::ZERO; 8];
+        for i in 0..N {
+            let (x, w) = (V::load(&sub.x[i]), V::load(&sub.w[i]));
+            let y = each!(k in [0 1 2] => x.add(V::load(&rulers[k].min)));
+            for c in 0..8 {
+                let (i, k) = NEIGHBOURS[c];
+                let q = nearest.codes(y[k].mul(V::load(&rulers[i].inverse)));
+                let e = y[k].sub(V::load(&fits[i].scale).mul(q));
+                sums[c] = sums[c].add(w.mul(e.mul(e)));
+            }
+        }
+        for c in 0..8 {
             sums[c].store(&mut errors[c]);
         }
     }

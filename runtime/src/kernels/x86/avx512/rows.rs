@@ -419,7 +419,7 @@ struct Ahead {
     far_bytes: usize,
 }
 
-const AHEAD: Ahead = Ahead { near_bytes: 2048, far_bytes: 16384 };
+const AHEAD: Ahead = Ahead { near_bytes: 1024, far_bytes: 16384 };
 /// Beside the codes there are lines of scales under way.
 const BESIDE_AHEAD: Ahead = Ahead { near_bytes: 512, far_bytes: 12288 };
 
