@@ -18,7 +18,9 @@ use kestrel_runtime::kernels::peak::{Limits, READ_BYTES, Reading};
 use kestrel_runtime::kernels::{
     ActKind, Acts, ByChannel, Compute, InProj, Isa, MatrixRef, Mixer, ScanWeights, Segment, Then,
 };
+use kestrel_runtime::pool::Pool;
 use kestrel_runtime::state::StateShape;
+use std::hint::black_box;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
@@ -282,10 +284,23 @@ fn rows(criterion: &mut Criterion<Speed>) {
     }
 }
 
+/// Work that takes no time, given to all threads and waited for: what each of a token's products and scans costs beside
+/// itself. The second is rayon's way of it, from within its pool.
+fn fork_and_join(criterion: &mut Criterion<Speed>) {
+    let mut group = criterion.benchmark_group("fork and join");
+    let mut pool = Pool::new(n_threads());
+    group.bench_function("pool", |b| b.iter(|| pool.run(|worker| _ = black_box(worker))));
+    let rayon = rayon::ThreadPoolBuilder::new().num_threads(n_threads()).build().expect("threads");
+    group.bench_function("rayon", |b| {
+        rayon.install(|| b.iter(|| rayon::broadcast(|context| _ = black_box(context.index()))));
+    });
+}
+
 fn main() {
     let [mut read, mut int8, mut f32] = [Speed::Read, Speed::Int8, Speed::F32].map(criterion);
     products(&mut read, &mut int8, &mut f32);
     mixer(&mut f32);
     rows(&mut read);
+    fork_and_join(&mut read);
     read.final_summary();
 }
