@@ -21,9 +21,11 @@ const MOST: usize = 39;
 /// How far a scale and an offset of integers are moved, to see whether they are better there.
 const STEPS: [f32; 3] = [-1.0, 0.0, 1.0];
 
-/// The scale and the offset, by their steps, of all that are moved, in the order in which they are tried.
-pub(super) const NEIGHBOURS: [(usize, usize); 8] =
-    [(0, 1), (2, 1), (1, 0), (1, 2), (0, 0), (2, 2), (0, 2), (2, 0)];
+/// A scale and an offset that are tried together, each by the number of the fit that it is of.
+pub(super) type Pair = (usize, usize);
+
+/// Those that are moved, by their steps, in the order in which they are tried.
+const NEIGHBOURS: [Pair; 8] = [(0, 1), (2, 1), (1, 0), (1, 2), (0, 0), (2, 2), (0, 2), (2, 0)];
 
 /// What a search tries.
 #[derive(Clone, Copy)]
@@ -60,6 +62,12 @@ impl<const L: usize> Ruler<L> {
     #[inline(always)]
     fn of(fit: &Fit<L>) -> Self {
         Self { min: fit.min, inverse: inverse(&fit.scale) }
+    }
+
+    /// The same with the offset of another.
+    #[inline(always)]
+    pub fn at(&self, other: &Self) -> Self {
+        Self { min: other.min, ..*self }
     }
 }
 
@@ -119,45 +127,32 @@ impl<const N: usize, const L: usize> Sub<N, L> {
         sums
     }
 
-    /// Weighted squared errors of each lane after rounding with each of these fits.
+    /// Weighted squared errors of each lane after rounding with the scale of one of these fits and the offset of another, for
+    /// each of these pairs.
     #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))] // `known` is for tables
     #[inline(always)]
-    fn affine_errors<const C: usize>(
+    fn affine_errors<const F: usize, const C: usize>(
         &self,
         known: &Known<L>,
-        fits: &[Fit<L>; C],
+        fits: &[Fit<L>; F],
+        pairs: &[Pair; C],
         n_max: f32,
     ) -> [Lanes<L>; C] {
-        let mut rulers = [Ruler::of(&fits[0]); C];
-        for c in 1..C {
-            rulers[c] = Ruler::of(&fits[c]);
+        let mut rulers = [Ruler::of(&fits[0]); F];
+        for f in 1..F {
+            rulers[f] = Ruler::of(&fits[f]);
         }
         #[cfg(target_arch = "x86_64")]
         if let Some(passes) = Passes::get() {
-            return passes.errors(self, known, fits, &rulers, n_max);
+            return passes.errors(self, known, fits, &rulers, pairs, n_max);
         }
         let mut errors = [[0.0; L]; C];
         // One after the other: together the compiler would take the fits as lanes.
-        for (error, (fit, ruler)) in errors.iter_mut().zip(fits.iter().zip(&rulers)) {
-            *error = self.affine_error(fit, ruler, n_max);
+        for (error, &(i, k)) in errors.iter_mut().zip(pairs) {
+            let (scale, min) = (fits[i].scale, fits[k].min);
+            *error = self.affine_error(&Fit { scale, min }, &rulers[i].at(&rulers[k]), n_max);
         }
         errors
-    }
-
-    /// The same for the [`NEIGHBOURS`] of three fits.
-    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_variables))] // `known` is for tables
-    #[inline(always)]
-    fn neighbour_errors(&self, known: &Known<L>, fits: &[Fit<L>; 3], n_max: f32) -> [Lanes<L>; 8] {
-        let rulers = each!(i in [0 1 2] => Ruler::of(&fits[i]));
-        #[cfg(target_arch = "x86_64")]
-        if let Some(passes) = Passes::get() {
-            return passes.neighbour_errors(self, known, fits, &rulers, n_max);
-        }
-        each!(c in [0 1 2 3 4 5 6 7] => {
-            let (i, k) = NEIGHBOURS[c];
-            let (scale, min) = (fits[i].scale, fits[k].min);
-            self.affine_error(&Fit { scale, min }, &Ruler { min, inverse: rulers[i].inverse }, n_max)
-        })
     }
 
     #[inline(always)]
@@ -355,7 +350,7 @@ impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
         let mut blocks = zero.with_d(&d, &fits, sub_max).with_dmin(&dmin, &fits, sub_max);
         let mut error = [[0.0; L]; S];
         for j in 0..S {
-            [error[j]] = self.0[j].affine_errors(&known[j], &[blocks.fit(j)], search.n_max);
+            [error[j]] = self.0[j].affine_errors(&known[j], &[blocks.fit(j)], &[(0, 0)], search.n_max);
         }
         for k in 1..STARTS {
             let factor = start_factor(k, sub_max);
@@ -388,11 +383,11 @@ impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
         let mut best = total(error);
         let (mut errors, mut sums) = ([[[0.0; L]; C]; S], [[0.0; L]; C]);
         for j in 0..S {
-            let mut fits = [trials[0].fit(j); C];
+            let (mut fits, mut own) = ([trials[0].fit(j); C], [(0, 0); C]);
             for c in 1..C {
-                fits[c] = trials[c].fit(j);
+                (fits[c], own[c]) = (trials[c].fit(j), (c, c));
             }
-            errors[j] = self.0[j].affine_errors(&known[j], &fits, n_max);
+            errors[j] = self.0[j].affine_errors(&known[j], &fits, &own, n_max);
             let mut possible = false;
             for c in 0..C {
                 add(&mut sums[c], &errors[j][c]);
@@ -435,7 +430,7 @@ impl<const N: usize, const S: usize, const L: usize> Tile<N, S, L> {
             let sc = each!(i in [0 1 2] => map(&from_sc, |v| limit(v + STEPS[i], 0.0, sub_max)));
             let m = each!(i in [0 1 2] => map(&from_m, |v| limit(v + STEPS[i], 0.0, sub_max)));
             let fits = each!(i in [0 1 2] => fit_of(&blocks.d, &blocks.dmin, &sc[i], &m[i]));
-            let errors = self.0[j].neighbour_errors(&known[j], &fits, n_max);
+            let errors = self.0[j].affine_errors(&known[j], &fits, &NEIGHBOURS, n_max);
             each!(c in [0 1 2 3 4 5 6 7] => {
                 let (i, k) = NEIGHBOURS[c];
                 let better = map2(&errors[c], &best_error, |e, best| if e < best { 1.0 } else { 0.0 });

@@ -3,7 +3,7 @@
 
 use std::arch::x86_64::*;
 
-use super::affine::{Fit, Known, NEIGHBOURS, Ruler, Sums};
+use super::affine::{Fit, Known, Pair, Ruler, Sums};
 use super::grid::{Bins, Grid};
 use super::signed::SignedSums;
 use super::{Lanes, MAGIC, Sub, limit, low_byte};
@@ -325,42 +325,25 @@ impl<const L: usize> Passes<L> {
 
     /// `Sub::affine_errors`.
     #[inline(always)]
-    pub fn errors<const N: usize, const C: usize>(
+    pub fn errors<const N: usize, const F: usize, const C: usize>(
         &self,
         sub: &Sub<N, L>,
         known: &Known<L>,
-        fits: &[Fit<L>; C],
-        rulers: &[Ruler<L>; C],
+        fits: &[Fit<L>; F],
+        rulers: &[Ruler<L>; F],
+        pairs: &[Pair; C],
         n_max: f32,
     ) -> [Lanes<L>; C] {
-        // SAFETY: as above.
-        unsafe {
-            if L == 16 && Table::reaches(known, rulers, n_max) {
-                return errors::<__m512, N, C, L>(sub, fits, rulers, Table::to(n_max));
-            }
-            by_lanes!(L, V => errors::<V, N, C, L>(sub, fits, rulers, Limit::to(n_max)))
+        let mut tried = [rulers[0]; C];
+        for (tried, &(i, k)) in tried.iter_mut().zip(pairs) {
+            *tried = rulers[i].at(&rulers[k]);
         }
-    }
-
-    /// `Sub::neighbour_errors`.
-    #[inline(always)]
-    pub fn neighbour_errors<const N: usize>(
-        &self,
-        sub: &Sub<N, L>,
-        known: &Known<L>,
-        fits: &[Fit<L>; 3],
-        rulers: &[Ruler<L>; 3],
-        n_max: f32,
-    ) -> [Lanes<L>; 8] {
-        // The first and the last of three offsets are the farthest.
-        let corner = |i: usize, k: usize| Ruler { min: rulers[k].min, inverse: rulers[i].inverse };
-        let corners = each!(c in [0 1 2 3 4 5] => corner(c % 3, c / 3 * 2));
         // SAFETY: as above.
         unsafe {
-            if L == 16 && Table::reaches(known, &corners, n_max) {
-                return neighbour_errors::<__m512, N, L>(sub, fits, rulers, Table::to(n_max));
+            if L == 16 && Table::reaches(known, &tried, n_max) {
+                return errors::<__m512, N, F, C, L>(sub, fits, rulers, pairs, Table::to(n_max));
             }
-            by_lanes!(L, V => neighbour_errors::<V, N, L>(sub, fits, rulers, Limit::to(n_max)))
+            by_lanes!(L, V => errors::<V, N, F, C, L>(sub, fits, rulers, pairs, Limit::to(n_max)))
         }
     }
 
@@ -422,11 +405,13 @@ unsafe fn sums<V: Vector, const N: usize, const C: usize, const L: usize>(
     sums
 }
 
+/// What pairs have in common is calculated once.
 #[inline(always)]
-unsafe fn errors<V: Vector, const N: usize, const C: usize, const L: usize>(
+unsafe fn errors<V: Vector, const N: usize, const F: usize, const C: usize, const L: usize>(
     sub: &Sub<N, L>,
-    fits: &[Fit<L>; C],
-    rulers: &[Ruler<L>; C],
+    fits: &[Fit<L>; F],
+    rulers: &[Ruler<L>; F],
+    pairs: &[Pair; C],
     nearest: impl Nearest<V>,
 ) -> [Lanes<L>; C] {
     let mut errors = [[0.0; L]; C];
@@ -435,43 +420,18 @@ unsafe fn errors<V: Vector, const N: usize, const C: usize, const L: usize>(
         let mut sums = [V::ZERO; C];
         for i in 0..N {
             let (x, w) = (V::load(&sub.x[i]), V::load(&sub.w[i]));
+            let mut y = [x; F];
+            for f in 0..F {
+                y[f] = x.add(V::load(&rulers[f].min));
+            }
             for c in 0..C {
-                let y = x.add(V::load(&rulers[c].min));
-                let q = nearest.codes(y.mul(V::load(&rulers[c].inverse)));
-                let e = y.sub(V::load(&fits[c].scale).mul(q));
+                let (f, k) = pairs[c];
+                let q = nearest.codes(y[k].mul(V::load(&rulers[f].inverse)));
+                let e = y[k].sub(V::load(&fits[f].scale).mul(q));
                 sums[c] = sums[c].add(w.mul(e.mul(e)));
             }
         }
         for c in 0..C {
-            sums[c].store(&mut errors[c]);
-        }
-    }
-    errors
-}
-
-/// What neighbours have in common is calculated once.
-#[inline(always)]
-unsafe fn neighbour_errors<V: Vector, const N: usize, const L: usize>(
-    sub: &Sub<N, L>,
-    fits: &[Fit<L>; 3],
-    rulers: &[Ruler<L>; 3],
-    nearest: impl Nearest<V>,
-) -> [Lanes<L>; 8] {
-    let mut errors = [[0.0; L]; 8];
-    // SAFETY: the caller has the features of the vectors, which have `L` lanes.
-    unsafe {
-        let mut sums = [V::ZERO; 8];
-        for i in 0..N {
-            let (x, w) = (V::load(&sub.x[i]), V::load(&sub.w[i]));
-            let y = each!(k in [0 1 2] => x.add(V::load(&rulers[k].min)));
-            for c in 0..8 {
-                let (i, k) = NEIGHBOURS[c];
-                let q = nearest.codes(y[k].mul(V::load(&rulers[i].inverse)));
-                let e = y[k].sub(V::load(&fits[i].scale).mul(q));
-                sums[c] = sums[c].add(w.mul(e.mul(e)));
-            }
-        }
-        for c in 0..8 {
             sums[c].store(&mut errors[c]);
         }
     }
